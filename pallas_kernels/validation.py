@@ -1,0 +1,45 @@
+"""Checks of operators' arguments, with errors that say what would fit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+REAL = (jnp.floating,)
+REAL_OR_COMPLEX = (jnp.floating, jnp.complexfloating)
+INTEGER = (jnp.integer,)
+
+_KIND_NAMES = {jnp.floating: "floating-point", jnp.complexfloating: "complex", jnp.integer: "integer"}
+
+
+class Checker:
+    """Checks the arrays of one call against dimensions that they share by name.
+
+    The first array with a dimension fixes its size for all later ones.
+    """
+
+    def __init__(self, operator: str):
+        self._operator = operator
+        self._sizes: dict[str, int] = {}
+        self._fixed_by: dict[str, str] = {}
+
+    def __call__(self, name: str, array: jax.Array, dims: tuple[str, ...], kinds: tuple[type, ...] = REAL) -> None:
+        """Raises a ValueError unless the array has these dimensions and a dtype of one of these kinds."""
+        if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+            accepted = " or ".join(_KIND_NAMES[kind] for kind in kinds)
+            raise self.error(f"{name} must be {accepted}, got {array.dtype}")
+        if array.ndim != len(dims):
+            raise self.error(f"{name} must be ({', '.join(dims)}), got shape {array.shape}")
+        for dim, size in zip(dims, array.shape, strict=True):
+            if size == 0:
+                raise self.error(f"{name} has no elements: shape {array.shape}, {dim} must be at least 1")
+            if self._sizes.setdefault(dim, size) != size:
+                raise self.error(
+                    f"{name} must be ({', '.join(dims)}) with {dim} {self._sizes[dim]} as in "
+                    f"{self._fixed_by[dim]}, got shape {array.shape}"
+                )
+            self._fixed_by.setdefault(dim, name)
+
+    def error(self, message: str) -> ValueError:
+        """Returns an error that starts with the operator's name."""
+        return ValueError(f"{self._operator}: {message}.")
