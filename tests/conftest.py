@@ -1,0 +1,35 @@
+"""Settings of every test: eight devices on a CPU, and array shapes and dtypes checked at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+
+def pytest_configure() -> None:
+    # Before any array exists, and before any of the packages is imported.
+    jax.config.update("jax_num_cpu_devices", 8)
+    jaxtyping.install_import_hook(["mamba_jax", "pallas_kernels", "train"], "beartype.beartype")
+    # The first example of a shape compiles; that says nothing about the code's speed.
+    hypothesis.settings.register_profile("no_deadline", deadline=None)
+    hypothesis.settings.load_profile("no_deadline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if jax.default_backend() == "gpu":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=f"JAX sees no GPU, only {jax.default_backend()}"))
+
+
+@pytest.fixture
+def no_shape_checks() -> Iterator[None]:
+    """Lets wrong shapes through to the code's own validation, as outside the tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
