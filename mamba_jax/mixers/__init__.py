@@ -1,0 +1,9 @@
+"""Mixers: one file a variant, each a frozen config and an ``nnx.Module`` that follow ``mixers.base``."""
+
+from mamba_jax.mixers.base import Mixer, MixerConfig
+from mamba_jax.mixers.mamba1 import Mamba1, Mamba1Config
+
+MIXER_CONFIGS: dict[str, type] = {"M": Mamba1Config}
+"""The letters that a layer pattern can use without further ado, and what they stand for."""
+
+__all__ = ["MIXER_CONFIGS", "Mamba1", "Mamba1Config", "Mixer", "MixerConfig"]

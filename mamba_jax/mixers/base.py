@@ -38,9 +38,7 @@ class Mixer(Protocol):
         """
         ...
 
-    def step(
-        self, x: Float[Array, "batch width"], state: State
-    ) -> tuple[Float[Array, "batch width"], State]:
+    def step(self, x: Float[Array, "batch width"], state: State) -> tuple[Float[Array, "batch width"], State]:
         """Maps one token in the recurrent form; the same function as ``__call__`` on a sequence of length 1."""
         ...
 

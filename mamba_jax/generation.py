@@ -1,0 +1,211 @@
+"""Text generation: prefill in the parallel form, decode in the recurrent one, with a state of constant size."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from mamba_jax import sharding
+from mamba_jax.models.language_model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits: temperature first, then top_k, then top_p."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int | None = None
+    """Draw from this many most likely tokens; None draws from all."""
+    top_p: float | None = None
+    """Draw from the fewest tokens whose probabilities sum to at least this (arXiv:1904.09751); None draws from all."""
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature = {self.temperature} cannot be used: 0 (most likely token) or above.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k = {self.top_k} cannot be used: at least 1, or None for all tokens.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p} cannot be used: above 0 and at most 1, or None for all tokens.")
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Collection[int] = (),
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continues each prompt.
+
+    Args:
+        model: a language model; under a mesh its parameters may be sharded.
+        prompts: token ids, at least one each; lengths may differ and do not affect each other's results.
+        max_new_tokens: tokens after which a continuation ends.
+        sampling: how tokens are drawn.
+        stop_tokens: tokens that end a continuation.
+        seed: decides the draws; the draws of a prompt depend on its place in ``prompts``, not on the other prompts.
+
+    Returns:
+        The new tokens of each prompt, without the stop token.
+
+    Raises:
+        ValueError: an empty prompt, or a token beyond the model's vocabulary.
+    """
+    # All tokens in one compiled loop, so in one part: the host is asked only at the end.
+    parts = stream(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        seed=seed,
+        tokens_at_a_time=max_new_tokens,
+    )
+    return next(parts, [[] for _ in prompts])
+
+
+def stream(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Collection[int] = (),
+    seed: int = 0,
+    tokens_at_a_time: int = 8,
+) -> Iterator[list[list[int]]]:
+    """Like ``generate``, but yields the new tokens of each prompt as they come, ``tokens_at_a_time`` for each of them.
+
+    The tokens do not depend on ``tokens_at_a_time``. A prompt that has met a stop token yields empty lists after it.
+    """
+    if max_new_tokens < 0 or tokens_at_a_time < 0:
+        raise ValueError("max_new_tokens and tokens_at_a_time must be 0 or more.")
+    tokens, segment_ids = _left_padded(prompts, model.config.vocab_size)
+    logits, state = prefill(model, tokens, segment_ids)
+    stops = jnp.asarray(sorted(stop_tokens), jnp.int32)
+    carry = _Decoding(logits, state, finished=jnp.zeros((len(prompts),), bool), position=jnp.zeros((), jnp.int32))
+    key = jax.random.key(seed)
+    remaining = max_new_tokens
+    while remaining > 0:
+        count = min(tokens_at_a_time, remaining)
+        carry, new_tokens, lengths = _decode(model, carry, key, stops, sampling, count)
+        yield [row[:length].tolist() for row, length in zip(np.asarray(new_tokens), np.asarray(lengths), strict=True)]
+        remaining -= count
+        if np.all(carry.finished):
+            return
+
+
+@jax.jit
+def prefill(
+    model: LanguageModel, tokens: Int[Array, "batch length"], segment_ids: Int[Array, "batch length"]
+) -> tuple[Float[Array, "batch vocabulary"], Any]:
+    """Logits after the last token of each row, and the state there, from the parallel form."""
+    hidden, state = model.hidden(tokens, segment_ids=segment_ids)
+    return model.logits(hidden[:, -1]), state
+
+
+def sample(key: PRNGKeyArray, logits: Float[Array, "batch vocabulary"], sampling: Sampling) -> Int[Array, " batch"]:
+    """Draws a token for each row, each row with randomness of its own."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        logits = jnp.where(_in_nucleus(logits, sampling.top_p), logits, -jnp.inf)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+    """Where a batch of continuations stands between two tokens."""
+
+    logits: Float[Array, "batch vocabulary"]
+    state: Any
+    finished: Bool[Array, " batch"]
+    position: Int[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames=("sampling", "count"))
+def _decode(
+    model: LanguageModel,
+    decoding: _Decoding,
+    key: PRNGKeyArray,
+    stop_tokens: Int[Array, " stops"],
+    sampling: Sampling,
+    count: int,
+) -> tuple[_Decoding, Int[Array, "batch count"], Int[Array, " batch"]]:
+    """Draws up to ``count`` tokens a row; returns them with the number of them that precede a stop token."""
+    batch_size = decoding.finished.shape[0]
+
+    def unfinished(carry):
+        i, decoding, _, _ = carry
+        return (i < count) & ~jnp.all(decoding.finished)
+
+    def next_token(carry):
+        i, decoding, tokens, lengths = carry
+        token = sample(jax.random.fold_in(key, decoding.position), decoding.logits, sampling)
+        finished = decoding.finished | jnp.any(token[:, None] == stop_tokens, axis=-1)
+        logits, state = model.step(token, decoding.state)
+        decoding = _Decoding(logits, state, finished, decoding.position + 1)
+        return i + 1, decoding, tokens.at[:, i].set(token), lengths + ~finished
+
+    start = (
+        jnp.zeros((), jnp.int32),
+        decoding,
+        jnp.zeros((batch_size, count), jnp.int32),
+        jnp.zeros((batch_size,), jnp.int32),
+    )
+    _, decoding, tokens, lengths = jax.lax.while_loop(unfinished, next_token, start)
+    return decoding, tokens, lengths
+
+
+def _in_nucleus(logits: Float[Array, "batch vocabulary"], top_p: float) -> Bool[Array, "batch vocabulary"]:
+    """The fewest most likely tokens of each row whose probabilities reach ``top_p``; never none."""
+    descending = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    smallest = jnp.min(jnp.where(mass_before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+    return logits >= smallest
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], vocab_size: int
+) -> tuple[Int[Array, "batch length"], Int[Array, "batch length"]]:
+    """Prompts in one array, ending together, and segment ids that keep the padding out of the state."""
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty: give it at least one token, such as the tokenizer's separator.")
+        beyond = [token for token in prompt if not 0 <= token < vocab_size]
+        if beyond:
+            raise ValueError(
+                f"prompt {i} has the token {beyond[0]}, but the model's vocabulary ends at {vocab_size - 1}."
+            )
+    # Padding changes no result, so lengths are rounded up and few of them are compiled.
+    longest = _rounded_up(max(map(len, prompts)))
+    tokens = np.zeros((len(prompts), longest), np.int32)
+    segment_ids = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = prompt
+        segment_ids[row, longest - len(prompt) :] = 1
+    place = functools.partial(sharding.reshard, axes=(sharding.BATCH, None))
+    return place(jnp.asarray(tokens)), place(jnp.asarray(segment_ids))
+
+
+def _rounded_up(length: int) -> int:
+    """The next multiple of an eighth of the next power of two: at most an eighth longer, few different results."""
+    granularity = max(16, 1 << max(length - 1, 1).bit_length() - 3)
+    return -(-length // granularity) * granularity

@@ -1,0 +1,1 @@
+"""Names and shapes of published checkpoints, one file a family, both ways."""

@@ -1,0 +1,62 @@
+"""Matrix products with a learned weight."""
+
+from __future__ import annotations
+
+import string
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from mamba_jax import sharding
+
+
+class Linear(nnx.Module):
+    """y = x W + b over the last dimension of x; the output may have several dimensions.
+
+    The weight, float32 of shape (in_features, *out_features), is gathered over ``fsdp`` and rounded to the compute
+    dtype at each use. Where input and weight are both sharded along the contracted dimension, the partial products
+    are summed over the mesh.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | tuple[int, ...],
+        *,
+        axes: tuple[sharding.Axis, ...],
+        weight_init: Initializer,
+        bias: bool = False,
+        compute_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        out_shape = (out_features,) if isinstance(out_features, int) else out_features
+        shape = (in_features, *out_shape)
+        spec = sharding.partition_spec(shape, axes)
+        self.weight = nnx.Param(weight_init(rngs.params(), shape, jnp.float32, out_sharding=sharding.out_sharding(*spec)))
+        self.bias = nnx.Param(sharding.reshard(jnp.zeros(out_shape), spec[1:]), weight_decay=False) if bias else None
+        self.compute_dtype = jnp.dtype(compute_dtype)
+
+    def __call__(self, x: Float[Array, "*batch in_features"]) -> Float[Array, "*batch ..."]:
+        weight = sharding.gather(self.weight[...].astype(self.compute_dtype))
+        batch_dims, out_dims = x.ndim - 1, weight.ndim - 1
+        letters = iter(string.ascii_letters)
+        batch = "".join(next(letters) for _ in range(batch_dims))
+        contracted = next(letters)
+        out = "".join(next(letters) for _ in range(out_dims))
+        y = jnp.einsum(
+            f"{batch}{contracted},{contracted}{out}->{batch}{out}",
+            x.astype(self.compute_dtype),
+            weight,
+            out_sharding=sharding.out_sharding(*sharding.spec_of(x)[:-1], *sharding.spec_of(weight)[1:]),
+        )
+        if self.bias is None:
+            return y
+        return y + sharding.gather(self.bias[...].astype(self.compute_dtype))
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations for one vector."""
+        return 2 * self.weight.size

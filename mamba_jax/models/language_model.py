@@ -1,0 +1,226 @@
+"""A causal language model: embeddings, a stack of mixers in residual blocks, a norm, and an output layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mamba_jax import initializers, sharding
+from mamba_jax.layers.embedding import Embedding
+from mamba_jax.layers.linear import Linear
+from mamba_jax.layers.norm import RMSNorm
+from mamba_jax.mixers import MIXER_CONFIGS, MixerConfig
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass of a block keeps: everything, the results of matrix products, or its input alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    vocab_size: int = 264
+    """Rows of the embedding; at least the tokenizer's vocabulary (257 for bytes), best a multiple of 8."""
+    width: int = 256
+    """Channels of the residual stream."""
+    pattern: str = "M"
+    """Layers from bottom to top, a letter of LanguageModel.layers each."""
+    repeats: int = 4
+    """Times the pattern is stacked; it is compiled once, however often it is repeated."""
+    layers: Mapping[str, MixerConfig] = dataclasses.field(
+        default_factory=lambda: {letter: config() for letter, config in MIXER_CONFIGS.items()}, hash=False
+    )
+    """What each letter of the pattern stands for."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square in each RMSNorm."""
+    tie_embeddings: bool = True
+    """Use the embedding as the output layer too."""
+    residual_in_float32: bool = True
+    """Keep the residual stream in float32 rather than in the compute dtype."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Dtype of matrix products and activations; parameters and states stay float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What each block recomputes in the backward pass to save memory: nothing, all but matrix products, everything."""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"LanguageModel.{name} = {getattr(self, name)} cannot be used: at least 1.")
+        unknown = sorted(set(self.pattern) - set(self.layers))
+        if unknown or not self.pattern:
+            raise ValueError(
+                f"LanguageModel.pattern = {self.pattern!r} cannot be used: one or more letters of LanguageModel.layers "
+                f"({', '.join(sorted(self.layers))}){f', which lacks {unknown}' if unknown else ''}."
+            )
+        if self.norm_epsilon <= 0:
+            raise ValueError(f"LanguageModel.norm_epsilon = {self.norm_epsilon} cannot be used: above 0.")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(
+                f"LanguageModel.remat = {self.remat!r} cannot be used: one of {', '.join(REMAT_POLICIES)}."
+            )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.pattern) * self.repeats
+
+    def build(self, rngs: nnx.Rngs) -> LanguageModel:
+        """Makes a model with fresh parameters, sharded over the current mesh. Call it under ``jax.jit``."""
+        return LanguageModel(self, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x))."""
+
+    def __init__(self, mixer: MixerConfig, config: LanguageModelConfig, *, rngs: nnx.Rngs):
+        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
+        self.mixer = mixer.build(
+            config.width, num_layers=config.num_layers, compute_dtype=jnp.dtype(config.compute_dtype), rngs=rngs
+        )
+
+    def __call__(self, x, *, state, segment_ids):
+        y, state = self.mixer(self._normalise(x), state=state, segment_ids=segment_ids)
+        return x + y.astype(x.dtype), state
+
+    def step(self, x, state):
+        y, state = self.mixer.step(self._normalise(x), state)
+        return x + y.astype(x.dtype), state
+
+    def _normalise(self, x):
+        return self.norm(x).astype(self.mixer.compute_dtype)
+
+
+class LanguageModel(nnx.Module):
+    """Predicts each token from those before it.
+
+    ``hidden`` and ``logits`` are apart so that a loss can turn few tokens into logits at a time; calling the model does
+    both. The state of the whole model is a tuple with the stacked state of the blocks at each place of the pattern.
+    """
+
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.width, weight_init=initializers.normal(0.02), rngs=rngs)
+        # One stack a place in the pattern: parameters of all repeats in one array, with the repeat as first dimension.
+        self.blocks = nnx.List(
+            [
+                jax.vmap(lambda key, letter=letter: Block(config.layers[letter], config, rngs=nnx.Rngs(key)))(
+                    jax.random.split(rngs.params(), config.repeats)
+                )
+                for letter in config.pattern
+            ]
+        )
+        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
+        self.head = None if config.tie_embeddings else self._untied_head(rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        *,
+        state: Any = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> tuple[Float[Array, "batch length vocabulary"], Any]:
+        """Logits (float32) of the token after each one, and the state after the last; see ``mixers.base.Mixer``."""
+        hidden, state = self.hidden(tokens, state=state, segment_ids=segment_ids)
+        return self.logits(hidden), state
+
+    def hidden(
+        self,
+        tokens: Int[Array, "batch length"],
+        *,
+        state: Any = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> tuple[Float[Array, "batch length width"], Any]:
+        """What the output layer sees, in the compute dtype, and the state after the last token."""
+        x = self._embed(tokens)
+
+        def repeat(x, blocks_and_states):
+            blocks, states = blocks_and_states
+            new_states = []
+            for block, block_state in zip(blocks, states, strict=True):
+                x, block_state = block(x, state=block_state, segment_ids=segment_ids)
+                new_states.append(block_state)
+            return x, tuple(new_states)
+
+        states = (None,) * len(self.config.pattern) if state is None else state
+        x, state = jax.lax.scan(self._checkpointed(repeat), x, (tuple(self.blocks), states))
+        return self._output(x), state
+
+    def step(self, token: Int[Array, " batch"], state: Any) -> tuple[Float[Array, "batch vocabulary"], Any]:
+        """Logits (float32) of the token after this one, and the new state, in the recurrent form."""
+
+        def repeat(x, blocks_and_states):
+            new_states = []
+            for block, block_state in zip(*blocks_and_states, strict=True):
+                x, block_state = block.step(x, block_state)
+                new_states.append(block_state)
+            return x, tuple(new_states)
+
+        x, state = jax.lax.scan(repeat, self._embed(token), (tuple(self.blocks), state))
+        return self.logits(self._output(x)), state
+
+    def init_state(self, batch_size: int) -> Any:
+        """State before the first token."""
+        return tuple(jax.vmap(lambda block: block.mixer.init_state(batch_size))(blocks) for blocks in self.blocks)
+
+    def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocabulary"]:
+        """Scores of every token of the vocabulary, float32."""
+        weight = self.output_weight()
+        return jnp.einsum(
+            "...w,wv->...v",
+            hidden,
+            weight,
+            preferred_element_type=jnp.float32,
+            out_sharding=sharding.out_sharding(*sharding.spec_of(hidden)[:-1], sharding.spec_of(weight)[-1]),
+        )
+
+    def output_weight(self) -> Float[Array, "width vocabulary"]:
+        """Weight of the output layer in the compute dtype, gathered over ``fsdp``."""
+        if self.head is None:
+            return self.embedding.output_weight(self._compute_dtype)
+        return sharding.gather(self.head.weight[...].astype(self._compute_dtype))
+
+    def flops(self, length: int) -> int:
+        """Floating-point operations of a forward pass over one sequence, output layer included."""
+        one_of_each = jax.eval_shape(lambda blocks: jax.tree.map(lambda stacked: stacked[0], blocks), self.blocks)
+        mixers = self.config.repeats * sum(block.mixer.flops(length) for block in one_of_each)
+        return mixers + 2 * length * self.config.width * self.config.vocab_size
+
+    @property
+    def _compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.compute_dtype)
+
+    def _embed(self, tokens):
+        return self.embedding(tokens, jnp.float32 if self.config.residual_in_float32 else self._compute_dtype)
+
+    def _output(self, x):
+        return self.norm(x).astype(self._compute_dtype)
+
+    def _checkpointed(self, repeat):
+        if self.config.remat == "none":
+            return repeat
+        # Inside a scan the compiler cannot merge the recomputation with the forward pass: no need to prevent it.
+        return jax.checkpoint(repeat, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+
+    def _untied_head(self, rngs: nnx.Rngs) -> Linear:
+        config = self.config
+        return Linear(
+            config.width,
+            config.vocab_size,
+            axes=(sharding.FSDP, sharding.TENSOR),
+            weight_init=initializers.fan_in_uniform(config.width),
+            compute_dtype=config.compute_dtype,
+            rngs=rngs,
+        )
+
+
+def count_parameters(config: LanguageModelConfig) -> int:
+    """Numbers a model with this configuration learns; nothing is computed."""
+    model = jax.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
