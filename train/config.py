@@ -10,9 +10,10 @@ import dataclasses
 from typing import Literal
 
 from mamba_jax.models.language_model import LanguageModelConfig
+from train.errors import UsageError
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError, ValueError):
     """A setting that cannot be used; the message names the setting, its value and what is accepted."""
 
 
@@ -49,12 +50,18 @@ class TrainConfig:
         _require(self.z_loss >= 0, "Train.z_loss", self.z_loss, "a weight of 0 or more")
         _require(self.loss_chunk >= 1, "Train.loss_chunk", self.loss_chunk, "at least 1 token")
         _require(
-            self.ema_decay is None or 0 < self.ema_decay < 1, "Train.ema_decay", self.ema_decay, "between 0 and 1, or None"
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "Train.ema_decay",
+            self.ema_decay,
+            "between 0 and 1, or None",
         )
         _require(self.log_every >= 1, "Train.log_every", self.log_every, "at least 1 step")
         _require(self.eval_every >= 1, "Train.eval_every", self.eval_every, "at least 1 step")
         _require(
-            self.eval_batches is None or self.eval_batches >= 1, "Train.eval_batches", self.eval_batches, ">= 1, or None"
+            self.eval_batches is None or self.eval_batches >= 1,
+            "Train.eval_batches",
+            self.eval_batches,
+            ">= 1, or None",
         )
 
 
@@ -116,7 +123,9 @@ class OptimizerConfig:
         _require(0 <= self.b2 < 1, "Optimizer.b2", self.b2, "at least 0 and below 1")
         _require(self.epsilon > 0, "Optimizer.epsilon", self.epsilon, "above 0")
         _require(self.weight_decay >= 0, "Optimizer.weight_decay", self.weight_decay, "0 or more")
-        _require(self.clip_norm is None or self.clip_norm > 0, "Optimizer.clip_norm", self.clip_norm, "above 0, or None")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0, "Optimizer.clip_norm", self.clip_norm, "above 0, or None"
+        )
         spike = self.spike_factor
         _require(spike is None or spike > 1, "Optimizer.spike_factor", spike, "above 1, or None")
         _require(self.max_skipped >= 1, "Optimizer.max_skipped", self.max_skipped, "at least 1")
