@@ -1,0 +1,151 @@
+"""What every mixer must do, as tests that a mixer's test class inherits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from mamba_jax import sharding
+from mamba_jax.mixers import Mixer, MixerConfig
+
+
+def relative_error(actual, expected) -> float:
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def assert_trees_close(actual, expected, tolerance: float) -> None:
+    for (path, a), e in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        assert relative_error(a, e) <= tolerance, jax.tree_util.keystr(path)
+
+
+class MixerContract:
+    """Inherit, set ``config``, and every mixer is held to the same promises."""
+
+    config: MixerConfig
+    width = 16
+    batch_size = 2
+    length = 13
+
+    def build(self, compute_dtype=jnp.float32, config=None) -> Mixer:
+        mixer = (config or self.config).build(self.width, num_layers=2, compute_dtype=compute_dtype, rngs=nnx.Rngs(3))
+        # Away from the initialisation's ones and zeros, which hide what is not connected.
+        leaves, structure = jax.tree.flatten(mixer)
+        keys = jax.random.split(jax.random.key(5), len(leaves))
+        moved = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(structure, moved)
+
+    def input(self, seed: int = 0):
+        return jax.random.normal(jax.random.key(seed), (self.batch_size, self.length, self.width))
+
+    def steps(self, mixer: Mixer, x, state):
+        step = jax.jit(lambda x, state: mixer.step(x, state))
+        outputs = []
+        for t in range(x.shape[1]):
+            y, state = step(x[:, t], state)
+            outputs.append(y)
+        return jnp.stack(outputs, axis=1), state
+
+    def test_steps_compute_what_a_whole_sequence_does(self):
+        mixer, x = self.build(), self.input()
+        whole, state = jax.jit(lambda x: mixer(x))(x)
+        by_step, state_by_step = self.steps(mixer, x, mixer.init_state(self.batch_size))
+        assert relative_error(by_step, whole) < 1e-5
+        assert_trees_close(state_by_step, state, 1e-5)
+
+    def test_no_state_means_the_initial_state(self):
+        mixer, x = self.build(), self.input()
+        without, _ = mixer(x)
+        given, _ = mixer(x, state=mixer.init_state(self.batch_size))
+        np.testing.assert_array_equal(without, given)
+
+    @pytest.mark.parametrize("cuts", [(1,), (2, 3), (5, 6, 12)])
+    def test_chunks_with_the_state_passed_on_equal_the_whole(self, cuts):
+        mixer, x = self.build(), self.input()
+        whole, final = mixer(x)
+        state, outputs = None, []
+        for chunk in jnp.split(x, cuts, axis=1):
+            y, state = mixer(chunk, state=state)
+            outputs.append(y)
+        assert relative_error(jnp.concatenate(outputs, axis=1), whole) < 1e-5
+        assert_trees_close(state, final, 1e-5)
+
+    def test_packed_documents_equal_each_alone(self):
+        mixer, x = self.build(), self.input()
+        first = 5
+        segment_ids = jnp.broadcast_to(jnp.where(jnp.arange(self.length) < first, 3, 8), x.shape[:2])
+        packed, state = mixer(x, segment_ids=segment_ids)
+        alone = [mixer(part) for part in (x[:, :first], x[:, first:])]
+        assert relative_error(packed, jnp.concatenate([y for y, _ in alone], axis=1)) < 1e-5
+        assert_trees_close(state, alone[1][1], 1e-5)
+
+    def test_an_output_depends_on_no_later_input(self):
+        mixer, x = self.build(), self.input()
+        changed = x.at[:, 7:].set(self.input(seed=1)[:, 7:])
+        np.testing.assert_array_equal(mixer(x)[0][:, :7], mixer(changed)[0][:, :7])
+        assert not np.allclose(mixer(x)[0][:, 7:], mixer(changed)[0][:, 7:])
+
+    def test_gradients_equal_those_of_the_steps(self):
+        mixer, x = self.build(), self.input()
+        target = self.input(seed=2)
+
+        def loss(forward):
+            return lambda mixer, x: jnp.sum(forward(mixer, x) * target)
+
+        whole = jax.grad(loss(lambda mixer, x: mixer(x)[0]), argnums=(0, 1))
+        by_step = jax.grad(
+            loss(lambda mixer, x: self.steps(mixer, x, mixer.init_state(self.batch_size))[0]), argnums=(0, 1)
+        )
+        assert_trees_close(whole(mixer, x), by_step(mixer, x), 1e-4)
+
+    def test_bfloat16_stays_close_to_float32(self):
+        exact = self.build()(self.input())[0]
+        rounded = self.build(jnp.bfloat16)(self.input().astype(jnp.bfloat16))[0]
+        assert rounded.dtype == jnp.bfloat16
+        assert relative_error(rounded, exact) < 3e-2
+
+    def test_state_has_the_size_of_one_token_whatever_the_length(self):
+        mixer = self.build()
+        shape = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+        initial = shape(mixer.init_state(self.batch_size))
+        assert shape(mixer(self.input())[1]) == initial
+        assert shape(mixer(self.input()[:, :1])[1]) == initial
+
+    def test_flops_grow_with_the_length_from_at_least_two_a_weight(self):
+        mixer = self.build()
+        weights = sum(leaf.size for leaf in jax.tree.leaves(mixer))
+        assert mixer.flops(1) > weights
+        assert mixer.flops(2000) > 1999 * mixer.flops(1) * 0.9
+
+    @pytest.mark.parametrize(
+        "sizes",
+        [{"data": 2}, {"fsdp": 2}, {"tensor": 4}, {"sequence": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
+        ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
+    )
+    def test_sharded_equals_unsharded(self, sizes):
+        x = jax.random.normal(jax.random.key(0), (4, 12, self.width))
+        segment_ids = jnp.cumsum(jax.random.bernoulli(jax.random.key(1), 0.15, (4, 12)), axis=1)
+
+        def value_and_gradients(mixer, x, segment_ids):
+            def loss(mixer, x):
+                y, state = mixer(x, segment_ids=segment_ids)
+                return jnp.sum(jnp.sin(y)) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state))
+
+            return jax.value_and_grad(loss, argnums=(0, 1))(mixer, x)
+
+        expected = jax.jit(value_and_gradients)(self.build(), x, segment_ids)
+        shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
+        mesh = jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Explicit,) * len(shape))
+        with jax.set_mesh(mesh):
+            mixer = jax.jit(self.build)()
+            placed = jax.device_put(x, P(sharding.BATCH, sharding.SEQUENCE, None))
+            ids = jax.device_put(segment_ids, P(sharding.BATCH, sharding.SEQUENCE))
+            actual = jax.jit(value_and_gradients)(mixer, placed, ids)
+        if "fsdp" in sizes or "tensor" in sizes:
+            assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(mixer))
+        assert_trees_close(actual, expected, 1e-4)

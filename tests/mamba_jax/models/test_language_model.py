@@ -1,0 +1,183 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mamba_jax.huggingface import mamba as hf
+from mamba_jax.mixers import Mamba1Config
+from mamba_jax.models.language_model import LanguageModel, LanguageModelConfig, count_parameters
+from mamba_jax.models.presets import PRESETS, preset
+from tests.mamba_jax import golden
+
+CONFIG = LanguageModelConfig(
+    vocab_size=40,
+    width=16,
+    pattern="Mm",
+    repeats=2,
+    layers={"M": Mamba1Config(state_size=4), "m": Mamba1Config(state_size=2, expand=1)},
+    compute_dtype="float32",
+)
+
+
+def build(config: LanguageModelConfig = CONFIG) -> LanguageModel:
+    return jax.jit(lambda: config.build(nnx.Rngs(0)))()
+
+
+def tokens(batch_size: int = 2, length: int = 11, seed: int = 0):
+    return jax.random.randint(jax.random.key(seed), (batch_size, length), 0, CONFIG.vocab_size)
+
+
+@pytest.fixture(scope="module", params=["mamba1_tiny", "mamba1_options"])
+def published(request) -> tuple[golden.Golden, LanguageModel]:
+    expected = golden.load(request.param)
+    config = dataclasses.replace(hf.config_from(expected.config), compute_dtype="float32")
+    return expected, hf.model_from(config, expected.weights)
+
+
+def test_logits_equal_those_of_transformers(published):
+    expected, model = published
+    logits, _ = jax.jit(model.__call__)(expected.input_ids)
+    np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
+
+
+def test_logits_of_steps_equal_those_of_transformers(published):
+    expected, model = published
+    step, state = jax.jit(lambda token, state: model.step(token, state)), model.init_state(len(expected.input_ids))
+    for t in range(expected.input_ids.shape[1]):
+        logits, state = step(expected.input_ids[:, t], state)
+        np.testing.assert_allclose(logits, expected.logits[:, t], atol=1e-4)
+
+
+def test_gradients_equal_those_of_transformers(published):
+    expected, model = published
+
+    def loss(model):
+        logits, _ = model(expected.input_ids[:, :-1])
+        log_probabilities = jax.nn.log_softmax(logits)
+        return -jnp.mean(jnp.take_along_axis(log_probabilities, expected.input_ids[:, 1:, None], axis=-1))
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(model)
+    assert float(value) == pytest.approx(expected.loss, rel=1e-5)
+    ours = hf.weights_from(gradients)
+    assert ours.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        error = np.linalg.norm(ours[name] - gradient) / np.linalg.norm(gradient)
+        assert error < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("name", "published_count"),
+    [
+        ("mamba_130m", 129_135_360),
+        ("mamba_370m", 371_516_416),
+        ("mamba_790m", 793_204_224),
+        ("mamba_1_4b", 1_372_178_432),
+        ("mamba_2_8b", 2_768_345_600),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name, published_count):
+    assert count_parameters(PRESETS[name]) == published_count
+
+
+def test_a_preset_can_be_changed_and_an_unknown_one_lists_the_known():
+    assert preset("mamba_130m", width=512).width == 512
+    with pytest.raises(ValueError, match="mamba_130m, mamba_370m"):
+        preset("mamba_13m")
+
+
+def test_layers_follow_the_pattern():
+    model = build()
+    assert CONFIG.num_layers == 4
+    assert [blocks.mixer.A_log.shape for blocks in model.blocks] == [(2, 32, 4), (2, 16, 2)]
+    # The repeats do not start alike.
+    assert not np.array_equal(*model.blocks[0].mixer.in_proj.weight[...])
+
+
+def test_steps_and_chunks_equal_the_whole_sequence():
+    model, sequence = build(), tokens()
+    whole, final = model(sequence)
+    first, state = model(sequence[:, :4])
+    second, state = model(sequence[:, 4:8], state=state)
+    rest = []
+    for t in range(8, sequence.shape[1]):
+        logits, state = model.step(sequence[:, t], state)
+        rest.append(logits)
+    np.testing.assert_allclose(
+        jnp.concatenate([first, second, jnp.stack(rest, axis=1)], axis=1), whole, atol=1e-5, rtol=1e-4
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, final)
+
+
+def test_two_documents_packed_equal_each_alone():
+    model, sequence = build(), tokens()
+    segment_ids = jnp.where(jnp.arange(sequence.shape[1]) < 4, 0, 1)[None].repeat(2, axis=0)
+    packed, _ = model(sequence, segment_ids=segment_ids)
+    alone = [model(sequence[:, :4])[0], model(sequence[:, 4:])[0]]
+    np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_recomputing_changes_no_gradient(remat):
+    sequence = tokens()
+
+    def gradients(config):
+        model = build(config)
+        return jax.jit(jax.grad(lambda model: jnp.sum(model(sequence)[0] ** 2)))(model)
+
+    kept, recomputed = gradients(CONFIG), gradients(dataclasses.replace(CONFIG, remat=remat))
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_recomputing_everything_saves_memory():
+    def temporary_bytes(remat):
+        config = dataclasses.replace(CONFIG, repeats=8, remat=remat)
+        model = jax.eval_shape(lambda: config.build(nnx.Rngs(0)))
+        step = jax.jit(jax.grad(lambda model, x: jnp.sum(model(x)[0])))
+        return step.lower(model, tokens(8, 256)).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("full") < 0.5 * temporary_bytes("none")
+
+
+def test_the_residual_stream_may_stay_in_float32():
+    sequence = tokens()
+
+    def error(residual_in_float32):
+        config = dataclasses.replace(
+            CONFIG, repeats=12, compute_dtype="bfloat16", residual_in_float32=residual_in_float32
+        )
+        exact, _ = build(dataclasses.replace(config, compute_dtype="float32"))(sequence)
+        logits, _ = build(config)(sequence)
+        assert logits.dtype == jnp.float32
+        return float(jnp.linalg.norm(logits - exact) / jnp.linalg.norm(exact))
+
+    assert error(True) < error(False) < 0.1
+
+
+def test_flops_count_two_for_each_weight_and_token():
+    model = build()
+    matrices = sum(
+        leaf.size
+        for path, leaf in jax.tree.leaves_with_path(model)
+        if "proj" in jax.tree_util.keystr(path) or "embedding" in jax.tree_util.keystr(path)
+    )
+    assert 2 * matrices * 50 < model.flops(50) < 2.6 * matrices * 50
+    assert jax.eval_shape(build).flops(50) == model.flops(50)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pattern": "MX"}, r"LanguageModel\.pattern = 'MX'.*\bM, m\b.*lacks \['X'\]"),
+        ({"pattern": ""}, r"LanguageModel\.pattern = ''"),
+        ({"repeats": 0}, r"LanguageModel\.repeats = 0"),
+        ({"norm_epsilon": 0.0}, r"LanguageModel\.norm_epsilon = 0\.0"),
+        ({"remat": "some"}, r"LanguageModel\.remat = 'some'.*none, dots, full"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
