@@ -28,6 +28,8 @@ from train.errors import UserError
 
 _FORMAT = "mamba-jax corpus"
 _VERSION = 1
+_SMALLEST_CORPUS = 32
+_LONGEST_TAIL = 1 << 22
 _SPLITS: tuple[Split, ...] = get_args(Split)
 
 
@@ -58,7 +60,7 @@ class CorpusWriter:
         self._tokenizer = tokenizer
         self._dtype = id_dtype(tokenizer.vocab_size)
         self._files: dict[Split, BinaryIO] = {
-            split: open(folder / f"{split}.tokens", "wb")  # noqa: SIM115 (closed by __exit__)
+            split: open(folder / f"{split}.tokens", "wb")  # noqa: SIM115, __exit__ closes it
             for split in _SPLITS
         }
 
@@ -81,15 +83,41 @@ class CorpusWriter:
         self._files[split].write(np.ascontiguousarray(ids, self._dtype).tobytes())
         self.counts[split] += Counts(len(ids), documents, text_bytes)
 
-    def cut_training_tail(self, length: int) -> UInt[np.ndarray, " tail"]:
-        """Takes the last ``length`` ids off the training stream and returns them; its counts are then the caller's."""
+    def hold_out_tail(self, share: float) -> None:
+        """Moves the end of the training stream, about ``share`` of it, to the empty held-out stream.
+
+        For a corpus of so few documents that none is held out whole. The document the cut falls in becomes two.
+
+        Raises:
+            UserError: there is too little text to divide.
+        """
+        counts = self.counts["train"]
+        if counts.tokens < _SMALLEST_CORPUS:
+            raise UserError(
+                f"the corpus is too small: {counts.tokens} tokens, of {counts.text_bytes} bytes of text; "
+                f"give at least {_SMALLEST_CORPUS} tokens."
+            )
         file = self._files["train"]
         file.flush()
         stream = np.memmap(self._folder / "train.tokens", self._dtype, "r")
-        tail = np.array(stream[len(stream) - length :])
-        file.truncate((len(stream) - length) * self._dtype.itemsize)
-        file.seek(0, os.SEEK_END)
-        return tail
+        cut = self._cut_of_tail(stream, min(round(share * counts.tokens), _LONGEST_TAIL))
+        tail = np.array(stream[cut:])
+        separator = np.array([self._tokenizer.separator_id], self._dtype)
+        documents = int(np.count_nonzero(tail == separator))
+        text_bytes = len(self._tokenizer.decode(tail).encode("utf-8"))
+        file.truncate(cut * self._dtype.itemsize)
+        self.counts["train"] -= Counts(len(tail), documents, text_bytes)
+        if tail[0] != separator:
+            tail, documents = np.concatenate([separator, tail]), documents + 1
+        self.append("held_out", tail, documents=documents, text_bytes=text_bytes)
+
+    def _cut_of_tail(self, stream: UInt[np.ndarray, " length"], length: int) -> int:
+        """Where a tail of about this length begins: never inside a character, nor right after a separator."""
+        near = len(stream) - max(length, _SMALLEST_CORPUS // 4)
+        if stream[near - 1] == self._tokenizer.separator_id:
+            return near - 1
+        starts = (cut for cut in range(near, near + 4) if self._tokenizer.decode(stream[cut : cut + 4])[:1] != "\ufffd")
+        return next(starts, near)
 
     def finish(self) -> None:
         """Closes each stream with its last separator and writes the other files."""
