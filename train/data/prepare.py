@@ -189,7 +189,7 @@ def _tokenize(block: Block, tokenizer: Tokenizer, held_out: float) -> _Tokenized
 
 def _tokenize_in_order(
     blocks: Iterator[Block], tokenizer: Tokenizer, held_out: float, workers: int
-) -> Generator[_Tokenized]:
+) -> Generator[_Tokenized, None, None]:
     """Results in the order of the blocks, with no more than two blocks a worker under way."""
     if workers == 1:
         yield from (_tokenize(block, tokenizer, held_out) for block in blocks)

@@ -10,7 +10,7 @@ import codecs
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
@@ -20,7 +20,10 @@ from train.errors import UsageError, UserError
 
 _SEPARATOR_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "[SEP]")
 
+Ids = Integer[np.ndarray, " tokens"] | Iterable[int]
 
+
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids and back; ``decode(encode(text))`` gives the text back as far as the tokenizer is lossless."""
 
@@ -38,14 +41,14 @@ class Tokenizer(Protocol):
         """Ids of a text, without separators. Raises UserError for text that has no UTF-8 form (lone surrogates)."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         """Text of the ids; separators stand for nothing, and bytes that are not UTF-8 for U+FFFD.
 
         Raises ValueError for an id beyond the vocabulary.
         """
         ...
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+    def decode_stream(self, ids: Ids) -> Iterator[str]:
         """Pieces of ``decode(ids)``, each as soon as the ids read so far settle it: characters are never cut."""
         ...
 
@@ -66,10 +69,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> Integer[np.ndarray, " tokens"]:
         return np.frombuffer(_utf8(text), np.uint8)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         return bytes(_without_separators(ids, self)).decode("utf-8", errors="replace")
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+    def decode_stream(self, ids: Ids) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in _without_separators(ids, self):
             if piece := decoder.decode(bytes((token,))):
@@ -107,10 +110,10 @@ class HuggingFaceTokenizer:
         _utf8(text)
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         return self._tokenizer.decode(list(_without_separators(ids, self)), skip_special_tokens=False)
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+    def decode_stream(self, ids: Ids) -> Iterator[str]:
         stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
         seen: list[int] = []
         length = 0
@@ -157,7 +160,7 @@ def tokenizer_from_description(description: Mapping[str, Any]) -> Tokenizer:
             )
 
 
-def _without_separators(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[int]:
+def _without_separators(ids: Ids, tokenizer: Tokenizer) -> Iterator[int]:
     for token in ids.tolist() if isinstance(ids, np.ndarray) else map(int, ids):
         if not 0 <= token < tokenizer.vocab_size:
             raise ValueError(f"token id {token} is beyond the tokenizer's vocabulary of {tokenizer.vocab_size}")
