@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mamba_jax import sharding
+from mamba_jax.mixers.base import Leaf
 from mamba_jax.models.language_model import LanguageModel
 
 
@@ -133,10 +134,13 @@ def sample(key: PRNGKeyArray, logits: Float[Array, "batch vocabulary"], sampling
 class _Decoding:
     """Where a batch of continuations stands between two tokens."""
 
-    logits: Float[Array, "batch vocabulary"]
+    logits: Leaf
+    """Scores of the next token, (batch, vocabulary)."""
     state: Any
-    finished: Bool[Array, " batch"]
-    position: Int[Array, ""]
+    finished: Leaf
+    """Rows that have met a stop token, (batch,)."""
+    position: Leaf
+    """New tokens so far."""
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "count"))

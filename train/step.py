@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mamba_jax import sharding
+from mamba_jax.mixers.base import Leaf
 from mamba_jax.models.language_model import LanguageModel
 from train.config import Experiment
 from train.loss import LossSums, cross_entropy
@@ -28,18 +29,19 @@ Metrics = dict[str, Float[Array, ""]]
 class TrainState:
     """All that an update changes; with the data iterator, all that a run is."""
 
-    step: Int[Array, ""]
-    """Batches seen."""
-    model: LanguageModel
+    step: Leaf
+    """Batches seen, int32."""
+    model: Leaf
+    """The language model, its parameters float32."""
     optimizer: optax.OptState
-    ema: LanguageModel | None
-    """Moving average of the parameters."""
-    gradient_norm: Float[Array, ""]
-    """Moving average of the norm of the gradient, which spikes are told by."""
-    skipped: Int[Array, ""]
-    """Updates skipped so far."""
-    skipped_in_row: Int[Array, ""]
-    """Updates skipped since the last one that was not."""
+    ema: Leaf
+    """Moving average of the parameters, or None."""
+    gradient_norm: Leaf
+    """Moving average of the norm of the gradient (float32), which spikes are told by."""
+    skipped: Leaf
+    """Updates skipped so far, int32."""
+    skipped_in_row: Leaf
+    """Updates skipped since the last one that was not, int32."""
 
     @property
     def evaluated_model(self) -> LanguageModel:
@@ -93,7 +95,7 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
         )
         tokens = jnp.maximum(sums.weight, 1.0)
         gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
-        loss, norm = sums.nll / tokens, optax.global_norm(gradients)
+        loss, norm = sums.nll / tokens, optax.tree.norm(gradients)
         usable = jnp.isfinite(loss) & jnp.isfinite(norm) & ~_is_spike(norm, state, experiment.optimizer.spike_factor)
 
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)

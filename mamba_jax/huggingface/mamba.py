@@ -151,7 +151,7 @@ def _transposed(name: str) -> _Parameter:
 
 _MIXER = PREFIX + "mixer."
 
-# By the path of the parameter in our model. PyTorch keeps linear layers as (out, in), convolutions as (channels, 1, width).
+# By the path of the parameter in our model. PyTorch has linear layers (out, in) and convolutions (channels, 1, width).
 _PARAMETERS = {
     "embedding.weight": _Parameter("backbone.embeddings.weight"),
     "norm.weight": _Parameter("backbone.norm_f.weight"),

@@ -35,7 +35,8 @@ class Linear(nnx.Module):
         out_shape = (out_features,) if isinstance(out_features, int) else out_features
         shape = (in_features, *out_shape)
         spec = sharding.partition_spec(shape, axes)
-        self.weight = nnx.Param(weight_init(rngs.params(), shape, jnp.float32, out_sharding=sharding.out_sharding(*spec)))
+        weight = weight_init(rngs.params(), shape, jnp.float32, out_sharding=sharding.out_sharding(*spec))
+        self.weight = nnx.Param(weight)
         self.bias = nnx.Param(sharding.reshard(jnp.zeros(out_shape), spec[1:]), weight_decay=False) if bias else None
         self.compute_dtype = jnp.dtype(compute_dtype)
 

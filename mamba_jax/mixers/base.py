@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+Leaf = Any
+"""An array in a registered dataclass: functions over pytrees put shapes, shardings and more in its place."""
+
 State = Any
 """A pytree of arrays, all with the batch as their first dimension, whose size does not depend on the length."""
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """Mixes information along a sequence, in two forms that compute the same function.
 
@@ -51,6 +55,7 @@ class Mixer(Protocol):
         ...
 
 
+@runtime_checkable
 class MixerConfig(Protocol):
     """Frozen dataclass of a mixer's settings; ``build`` makes the module."""
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mamba_jax import initializers, sharding
 from mamba_jax.layers.linear import Linear
+from mamba_jax.mixers.base import Leaf
 from pallas_kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from pallas_kernels.causal_conv1d import flops as causal_conv1d_flops
 from pallas_kernels.selective_scan import flops as selective_scan_flops
@@ -62,10 +63,10 @@ class Mamba1Config:
 class Mamba1State:
     """What a Mamba-1 layer remembers of the tokens before."""
 
-    conv: Float[Array, "batch conv_width-1 channels"]
-    """Last inputs of the convolution, in the compute dtype."""
-    ssm: Float[Array, "batch channels state"]
-    """State h, in float32."""
+    conv: Leaf
+    """Last inputs of the convolution, (batch, conv_width - 1, channels) in the compute dtype."""
+    ssm: Leaf
+    """State h, (batch, channels, state) in float32."""
 
 
 class Mamba1(nnx.Module):

@@ -13,7 +13,7 @@ from mamba_jax.mixers import Mamba1Config
 from mamba_jax.models.language_model import LanguageModelConfig
 from tests.mamba_jax import golden
 
-GREEDY = Sampling(temperature=0)
+GREEDY = Sampling(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def frequencies(sampling: Sampling, draws: int = 4000):
     ("sampling", "expected"),
     [
         (Sampling(), [[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]),
-        (Sampling(temperature=0), [[1, 0, 0, 0], [0, 0, 0, 1]]),
+        (Sampling(temperature=0.0), [[1, 0, 0, 0], [0, 0, 0, 1]]),
         (
             Sampling(temperature=0.5),
             [[25 / 34.5, 6.25 / 34.5, 2.25 / 34.5, 1 / 34.5], [1 / 30, 4 / 30, 9 / 30, 16 / 30]],
