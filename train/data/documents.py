@@ -7,7 +7,6 @@ Reading is split in two so that it can run in parallel: ``read_blocks`` cuts a f
 from __future__ import annotations
 
 import abc
-import codecs
 import contextlib
 import dataclasses
 import json
@@ -22,6 +21,7 @@ from train.errors import UsageError, UserError
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _ACCEPTED = "accepted are .txt and .jsonl (also .gz or .zst), .parquet, and folders of them"
+_BYTE_ORDER_MARK = "\ufeff"
 _BLOCK_BYTES = 1 << 22
 _LONGEST_LINE = 1 << 28
 
@@ -57,16 +57,16 @@ class TextBlock(Block):
         return self.offset > 0
 
     def documents(self) -> list[str]:
-        data = self.data if self.offset else self.data.removeprefix(codecs.BOM_UTF8)
-        if (position := data.find(b"\0")) >= 0:
+        if (position := self.data.find(b"\0")) >= 0:
             raise UserError(f"{self.path} is not text: it has a zero byte at offset {self.offset + position:,}.")
         try:
-            return [data.decode("utf-8")]
+            text = self.data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.path} is not UTF-8 text: byte 0x{data[error.start]:02X} at offset "
+                f"{self.path} is not UTF-8 text: byte 0x{self.data[error.start]:02X} at offset "
                 f"{self.offset + error.start:,}. Convert it (for example 'iconv -f latin1 -t utf-8'), or leave it out."
             ) from None
+        return [text if self.continues else text.removeprefix(_BYTE_ORDER_MARK)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class LinesBlock(Block):
     text_field: str
 
     def documents(self) -> list[str]:
-        data = self.data if self.first_line > 1 else self.data.removeprefix(codecs.BOM_UTF8)
+        data = self.data if self.first_line > 1 else self.data.removeprefix(_BYTE_ORDER_MARK.encode())
         lines = enumerate(data.split(b"\n"), self.first_line)
         return [self._parse(line, f"{self.path}, line {number}") for number, line in lines if line.strip()]
 

@@ -16,7 +16,6 @@ begins the next as an input. So nothing but padding is left out of the loss.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import grain
@@ -29,6 +28,9 @@ from train.data.tokens import Corpus, Tokens
 from train.errors import UserError
 
 Batch = dict[str, np.ndarray]
+
+_ENDLESS = 1 << 52
+"""Examples of an endless run; grain counts batches in floating point, where this is still exact."""
 
 
 def load(data: DataConfig) -> Corpus:
@@ -61,7 +63,7 @@ def train_batches(
             f"{data.source!r} has {tokens.targets} tokens to predict; use a shorter sequence or more text."
         )
     examples = grain.MapDataset.source(_Examples(tokens, data.sequence_length)).seed(seed).shuffle().repeat()
-    rows = _Rows(examples, sys.maxsize, data, process_index, process_count)
+    rows = _Rows(examples, _ENDLESS, data, process_index, process_count)
     batches = grain.MapDataset.source(rows).batch(rows.per_process).to_iter_dataset(_read_options(data))
     identity = {
         "corpus": tokens.fingerprint,
@@ -174,7 +176,7 @@ class _Rows:
         self._batches = -(-count // data.global_batch_size)
 
     def __len__(self) -> int:
-        return min(self._batches * self.per_process, sys.maxsize)
+        return self._batches * self.per_process
 
     def __getitem__(self, index: int) -> Batch:
         batch, row = divmod(index, self.per_process)

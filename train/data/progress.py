@@ -32,13 +32,12 @@ def show_progress(action: str, total_bytes: int) -> Iterator[Callable[[int], Non
         yield _Lines(action, total_bytes)
 
 
-def text_of_bytes(count: float) -> str:
+def text_of_bytes(count: int) -> str:
     """A number of bytes for people, such as '3.4 MB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    if count < 1000:
+        return f"{count} B"
+    exponent = min((len(str(count)) - 1) // 3, 4)
+    return f"{count / 1000**exponent:.1f} {('kB', 'MB', 'GB', 'TB')[exponent - 1]}"
 
 
 class _Lines:
@@ -56,7 +55,7 @@ class _Lines:
             share = self._done / max(self._total_bytes, 1)
             print(
                 f"{self._action}: {share:.0%} of {text_of_bytes(self._total_bytes)}, "
-                f"{text_of_bytes(self._done / (now - self._start))}/s",
+                f"{text_of_bytes(round(self._done / (now - self._start)))}/s",
                 file=sys.stderr,
                 flush=True,
             )

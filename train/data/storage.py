@@ -106,6 +106,7 @@ class CorpusWriter:
         documents = int(np.count_nonzero(tail == separator))
         text_bytes = len(self._tokenizer.decode(tail).encode("utf-8"))
         file.truncate(cut * self._dtype.itemsize)
+        file.seek(0, os.SEEK_END)
         self.counts["train"] -= Counts(len(tail), documents, text_bytes)
         if tail[0] != separator:
             tail, documents = np.concatenate([separator, tail]), documents + 1
@@ -113,11 +114,14 @@ class CorpusWriter:
 
     def _cut_of_tail(self, stream: UInt[np.ndarray, " length"], length: int) -> int:
         """Where a tail of about this length begins: never inside a character, nor right after a separator."""
+        separator_id = self._tokenizer.separator_id
         near = len(stream) - max(length, _SMALLEST_CORPUS // 4)
-        if stream[near - 1] == self._tokenizer.separator_id:
+        if stream[near - 1] == separator_id:
             return near - 1
-        starts = (cut for cut in range(near, near + 4) if self._tokenizer.decode(stream[cut : cut + 4])[:1] != "\ufffd")
-        return next(starts, near)
+        for cut in range(near, near + 4):  # no character has more than four tokens
+            if stream[cut] == separator_id or not self._tokenizer.decode(stream[cut : cut + 4]).startswith("\ufffd"):
+                return cut
+        return near
 
     def finish(self) -> None:
         """Closes each stream with its last separator and writes the other files."""

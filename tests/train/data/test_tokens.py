@@ -56,7 +56,7 @@ def test_the_fingerprint_names_ids_and_tokenizer(bpe_file: Path):
 
 def test_bits_per_byte_counts_the_bytes_of_the_text_not_the_tokens(bpe_file: Path):
     tokens = tokens_in_memory(["the quick brown fox", "naïve café"], load_tokenizer(str(bpe_file)))
-    text_bytes = len("the quick brown fox".encode() + "naïve café".encode())
+    text_bytes = len(b"the quick brown fox" + "naïve café".encode())
     assert tokens.targets != text_bytes
     nats = tokens.targets * math.log(4)  # two bits a target
     assert tokens.bits_per_byte(nats, float(tokens.targets)) == pytest.approx(2 * tokens.targets / text_bytes)
