@@ -1,0 +1,216 @@
+"""The selective scan as Pallas Mosaic GPU kernels, forward and backward; docs/kernels.md explains how they work."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from pallas_kernels.mosaic_gpu_compat import missing_hardware
+from pallas_kernels.segments import segment_starts
+from pallas_kernels.selective_scan.inputs import Inputs
+from pallas_kernels.selective_scan.mosaic_gpu import backward, forward, parts, plan
+from pallas_kernels.selective_scan.mosaic_gpu.blocks import KEEP_LANES, Problem
+from pallas_kernels.selective_scan.mosaic_gpu.elementwise import LOG2_E
+from pallas_kernels.selective_scan.mosaic_gpu.geometry import MAX_STATE, Geometry
+
+_TOKEN_DTYPES = ("float32", "bfloat16", "float16")
+
+Arrays = dict[str, jax.Array]
+
+
+def unsupported_reason(inputs: Inputs, *, delta_softplus: bool) -> str | None:
+    """Says what stands in the way of running these kernels here, or None."""
+    del delta_softplus
+    if jnp.iscomplexobj(inputs.A):
+        return f"A must be real, got {inputs.A.dtype}"
+    for name in ("x", "delta", "z"):
+        array = getattr(inputs, name)
+        if array is not None and array.dtype.name not in _TOKEN_DTYPES:
+            return f"{name} must be one of {_TOKEN_DTYPES}, got {array.dtype}"
+    if inputs.A.shape[1] > MAX_STATE:
+        return f"state must be at most {MAX_STATE}, got {inputs.A.shape[1]}"
+    return missing_hardware()
+
+
+def selective_scan(inputs: Inputs, *, delta_softplus: bool) -> tuple[jax.Array, jax.Array]:
+    """Computes y and the final state; see ``Inputs``."""
+    arrays = {name: array for name, array in inputs._asdict().items() if array is not None}
+    keep = arrays.pop("segment_ids", None)
+    if keep is not None:
+        arrays["keep"] = 1.0 - segment_starts(keep).astype(jnp.float32)
+    return _scan(arrays, delta_softplus)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scan(arrays: Arrays, delta_softplus: bool) -> tuple[jax.Array, jax.Array]:
+    results = _forward(delta_softplus, False)(arrays)
+    return results["y"], results["final_state"]
+
+
+def _scan_forward(arrays: Arrays, delta_softplus: bool) -> tuple[tuple[jax.Array, jax.Array], tuple[Arrays, jax.Array]]:
+    results = _forward(delta_softplus, True)(arrays)
+    return (results["y"], results["final_state"]), (arrays, results["states"])
+
+
+def _scan_backward(
+    delta_softplus: bool, residuals: tuple[Arrays, jax.Array], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[Arrays]:
+    arrays, states = residuals
+    dy, dfinal_state = cotangents
+    more = {"states": states, "dy": dy, "dfinal_state": dfinal_state}
+    gradients = _backward(delta_softplus)(arrays | more)
+    for name in ("A", "D", "delta_bias"):
+        if name in arrays:
+            gradients[name] = jnp.sum(gradients[name], axis=0)
+    return ({name: gradients[name].astype(array.dtype) for name, array in arrays.items()},)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+@functools.cache
+def _forward(delta_softplus: bool, save_states: bool) -> Any:
+    """The forward pass on arrays as ``Inputs`` describes them."""
+
+    @_batch_by_folding
+    def run(arrays: Arrays) -> Arrays:
+        p, padded = _prepare(arrays, delta_softplus, plan.forward)
+        if p.num_parts > 1:
+            padded |= parts.summarize(p, padded, reverse=False)
+        results = forward.scan(p, padded, save_states=save_states)
+        _, length, channels = arrays["x"].shape
+        trimmed = {
+            "y": _trim_channels(results["y"], channels, p),
+            "final_state": _from_tiles(results["final_state"], arrays["A"], p),
+        }
+        if save_states:
+            trimmed["states"] = results["states"]
+        return trimmed
+
+    return run
+
+
+@functools.cache
+def _backward(delta_softplus: bool) -> Any:
+    """The backward pass: gradients by the names of their arrays, those of parameters one an element of the batch."""
+
+    @_batch_by_folding
+    def run(arrays: Arrays) -> Arrays:
+        p, padded = _prepare(arrays, delta_softplus, plan.backward)
+        if p.num_parts > 1:
+            padded |= parts.summarize(p, padded, reverse=True)
+        results = backward.scan(p, padded)
+        channels = arrays["x"].shape[2]
+        gradients = {}
+        for name in ("x", "delta", "z"):
+            if name in arrays:
+                gradients[name] = _trim_channels(results[f"d{name}"], channels, p)
+        for name in ("B", "C"):
+            matrix = results[f"d{name}"]
+            gradients[name] = matrix.reshape(*matrix.shape[:3], p.geometry.state)[..., : arrays["A"].shape[1]]
+        gradients["A"] = _from_tiles(jnp.sum(results["dA"], axis=1), arrays["A"], p)
+        for name in ("D", "delta_bias"):
+            if name in arrays:
+                gradients[name] = _trim_channels(jnp.sum(results[f"d{name}"], axis=1), channels, p)
+        if "initial_state" in arrays:
+            gradients["initial_state"] = _from_tiles(results["dinitial_state"], arrays["A"], p)
+        if "keep" in arrays:
+            gradients["keep"] = jnp.zeros_like(arrays["keep"])
+        return gradients
+
+    return run
+
+
+def _batch_by_folding(run: Any) -> Any:
+    """Gives a function of arrays a batching rule: the new dimension joins the batch, unless parameters have it too."""
+    batched = custom_vmap(run)
+
+    @batched.def_vmap
+    def rule(axis_size: int, in_batched: list[dict[str, bool]], arrays: Arrays) -> tuple[Arrays, dict[str, bool]]:
+        (is_batched,) = in_batched
+        if any(is_batched[name] for name in ("A", "D", "delta_bias") if name in arrays):
+            stacked = {name: array for name, array in arrays.items() if is_batched[name]}
+            shared = {name: array for name, array in arrays.items() if not is_batched[name]}
+            results = jax.lax.map(lambda one: batched(shared | one), stacked)
+        else:
+            folded = {}
+            for name, array in arrays.items():
+                if name not in ("A", "D", "delta_bias"):
+                    if not is_batched[name]:
+                        array = jnp.broadcast_to(array, (axis_size, *array.shape))
+                    array = array.reshape(-1, *array.shape[2:])
+                folded[name] = array
+            results = {name: array.reshape(axis_size, -1, *array.shape[1:]) for name, array in batched(folded).items()}
+        return results, dict.fromkeys(results, True)
+
+    return batched
+
+
+def _prepare(arrays: Arrays, delta_softplus: bool, choose: Any) -> tuple[Problem, Arrays]:
+    """Brings arrays as ``Inputs`` describes them into the shapes of ``Problem``."""
+    batch, length, channels = arrays["x"].shape
+    groups, state = arrays["B"].shape[2:]
+    width = plan.padded_channels(channels // groups, state) * groups
+    chosen = choose(batch, length, width, groups, plan.padded_state(state), arrays["x"].dtype.itemsize)
+    g = chosen.geometry
+    p = Problem(g, batch, length, width, groups, delta_softplus, chosen.num_parts)
+    padded = {}
+    for name, array in arrays.items():
+        match name:
+            case "x" | "delta" | "z" | "dy":
+                padded[name] = _pad_channels(array, p)
+            case "D" | "delta_bias":
+                padded[name] = _pad_channels(array.astype(jnp.float32), p)
+            case "A":
+                padded[name] = _to_tiles(array.astype(jnp.float32) * LOG2_E, p)
+            case "B" | "C":
+                matrix = _pad(array.astype(jnp.float32), -1, g.state)
+                padded[name] = matrix.reshape(*matrix.shape[:3], g.state_lanes, g.states_per_lane)
+            case "initial_state" | "dfinal_state":
+                padded[name] = _to_tiles(array, p)
+            case "keep":
+                # Padding starts no segment, and with step sizes of zero it does not change the state.
+                array = _pad(array, 1, p.num_chunks * g.steps, value=1.0)
+                chunks = array.reshape(batch, p.num_chunks, g.steps)
+                padded[name] = _pad(chunks, 2, KEEP_LANES)
+                if p.num_parts > 1:
+                    padded["part_keep"] = jnp.min(array.reshape(batch, p.num_parts, -1), axis=2)
+            case _:
+                padded[name] = array
+    return p, padded
+
+
+def _pad(array: jax.Array, dim: int, size: int, value: float = 0.0) -> jax.Array:
+    widths = [(0, 0)] * array.ndim
+    widths[dim] = (0, size - array.shape[dim])
+    return jnp.pad(array, widths, constant_values=value) if widths[dim][1] else array
+
+
+def _pad_channels(array: jax.Array, p: Problem) -> jax.Array:
+    """Pads the last dimension, group by group."""
+    grouped = array.reshape(*array.shape[:-1], p.groups, array.shape[-1] // p.groups)
+    return _pad(grouped, -1, p.channels // p.groups).reshape(*array.shape[:-1], p.channels)
+
+
+def _trim_channels(array: jax.Array, channels: int, p: Problem) -> jax.Array:
+    """Undoes ``_pad_channels``."""
+    grouped = array.reshape(*array.shape[:-1], p.groups, p.channels // p.groups)
+    return grouped[..., : channels // p.groups].reshape(*array.shape[:-1], channels)
+
+
+def _to_tiles(array: jax.Array, p: Problem) -> jax.Array:
+    """(…, channels, state) to (…, state_lanes, padded channels, states_per_lane)."""
+    padded = jnp.swapaxes(_pad_channels(jnp.swapaxes(_pad(array, -1, p.geometry.state), -1, -2), p), -1, -2)
+    split = padded.reshape(*padded.shape[:-1], p.geometry.state_lanes, p.geometry.states_per_lane)
+    return jnp.moveaxis(split, -2, -3)
+
+
+def _from_tiles(array: jax.Array, like: jax.Array, p: Problem) -> jax.Array:
+    """Undoes ``_to_tiles``, for the channels and states of A."""
+    channels, state = like.shape
+    joined = jnp.moveaxis(array, -3, -2).reshape(*array.shape[:-3], p.channels, p.geometry.state)
+    return jnp.swapaxes(_trim_channels(jnp.swapaxes(joined[..., :state], -1, -2), channels, p), -1, -2)

@@ -1,0 +1,307 @@
+"""What the kernels of the selective scan share: the stream of chunks, and moves between memories and registers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.selective_scan.mosaic_gpu.elementwise import softplus
+from pallas_kernels.selective_scan.mosaic_gpu.geometry import COMPILER_PARAMS, Geometry, Layout
+
+Refs = Mapping[str, Any]
+State = tuple[jax.Array, ...]
+"""The states of a block's channels in registers, one array a register tile."""
+
+KEEP_LANES = 32
+"""Numbers a chunk in "keep": at least the steps of a chunk, and enough bytes for a bulk copy."""
+
+
+class Block(NamedTuple):
+    """Which piece of the problem this block works on."""
+
+    batch: Any
+    part: Any
+    channels: Any
+    group: Any
+    index: Any
+    """Number of its channel block."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Shapes and options of one scan.
+
+    The kernels' inputs are named as in ``Inputs``, in these shapes (channels and state padded to the geometry):
+    "x", "delta", "z", (batch, length, channels); "A", the state matrix times log2(e), (state_lanes, channels,
+    states_per_lane); "B" and "C", float32, (batch, length, groups, state_lanes, states_per_lane); "D" and
+    "delta_bias", float32, (channels,); "initial_state", (batch, *A's shape). "keep", (batch, chunks, KEEP_LANES)
+    float32, is 0 at the first token of a segment, else 1.
+    """
+
+    geometry: Geometry
+    batch: int
+    length: int
+    channels: int
+    groups: int
+    delta_softplus: bool
+    num_parts: int
+    """Pieces that the length is cut into, which run at the same time."""
+    unroll: int = 2
+    """Steps whose operands are loaded before the first of them is computed."""
+
+    @property
+    def chunks_per_part(self) -> int:
+        chunks = -(-self.length // self.geometry.steps)
+        return -(-chunks // self.num_parts)
+
+    @property
+    def num_chunks(self) -> int:
+        return self.num_parts * self.chunks_per_part
+
+    @property
+    def blocks_per_group(self) -> int:
+        return self.channels // self.groups // self.geometry.channels
+
+    @property
+    def stages(self) -> int:
+        return min(self.geometry.stages, self.chunks_per_part)
+
+    def state_type(self, *dims: int) -> jax.ShapeDtypeStruct:
+        """Type of an array of states of all channels, with further dimensions after the batch."""
+        lanes, _, states = self.geometry.tile_shape
+        return jax.ShapeDtypeStruct((self.batch, *dims, lanes, self.channels, states), jnp.float32)
+
+    def block(self) -> Block:
+        """The block that is running."""
+        index = lax.axis_index("channels")
+        first = index * self.geometry.channels
+        group = first // (self.channels // self.groups)
+        channels = pl.ds(first, self.geometry.channels)
+        return Block(lax.axis_index("batch"), lax.axis_index("part"), channels, group, index)
+
+    def rows(self, chunk: Any) -> Any:
+        """Tokens of a chunk."""
+        return pl.ds(chunk * self.geometry.steps, self.geometry.steps)
+
+    def launch(
+        self,
+        body: Callable[[Refs, Refs], None],
+        inputs: Mapping[str, jax.Array],
+        outputs: Mapping[str, Any],
+        scratch: Refs,
+        *,
+        num_parts: int | None = None,
+    ) -> dict[str, jax.Array]:
+        """Runs ``body(gmem, smem)`` in every block, or those of the first parts; it gets its references by name."""
+
+        def kernel_body(*gmem: Any, **smem: Any) -> None:
+            body(dict(zip([*inputs, *outputs], gmem, strict=True)), smem)
+
+        kernel_body.__name__ = f"selective_scan_{body.__name__}"
+        kernel = plgpu.kernel(
+            kernel_body,
+            out_type=tuple(outputs.values()),
+            scratch_types=dict(scratch),
+            grid=(num_parts or self.num_parts, self.batch, self.channels // self.geometry.channels),
+            grid_names=("part", "batch", "channels"),
+            compiler_params=COMPILER_PARAMS,
+        )
+        with jax.enable_x64(False):  # Python's numbers are 32 bits wide in a kernel, whatever the caller's are.
+            return dict(zip(outputs, kernel(*inputs.values()), strict=True))
+
+    def buffers(self, inputs: Mapping[str, jax.Array], streamed: Sequence[str]) -> dict[str, Any]:
+        """Shared memory for what ``stream`` loads: for each name, one slot a stage."""
+        lanes, _, states = self.geometry.tile_shape
+        shapes = {
+            "B": (self.geometry.steps, lanes, states),
+            "C": (self.geometry.steps, lanes, states),
+            "keep": (KEEP_LANES,),
+            "states": (lanes, self.geometry.channels, states),
+        }
+        token = (self.geometry.steps, self.geometry.channels)
+        slots = {name: plgpu.SMEM((self.stages, *shapes.get(name, token)), inputs[name].dtype) for name in streamed}
+        return slots | {"barrier": plgpu.Barrier(num_arrivals=len(streamed), num_barriers=self.stages)}
+
+    def stream(
+        self,
+        gmem: Refs,
+        smem: Refs,
+        streamed: Sequence[str],
+        block: Block,
+        chunk: Callable[[Any, Refs, Any], Any],
+        carry: Any,
+        *,
+        reverse: bool = False,
+    ) -> Any:
+        """Walks over the chunks of the block's part while the next ones are loaded.
+
+        Args:
+            gmem: references to the inputs.
+            smem: references to the buffers.
+            streamed: names of the inputs to load.
+            block: where.
+            chunk: ``chunk(index, refs, carry) -> carry``, with references to the loaded chunk by name. It may leave
+                results in them, and start copies out of them.
+            carry: passed from chunk to chunk.
+            reverse: whether to start with the last chunk.
+        """
+        count = self.chunks_per_part
+
+        def index(i: Any) -> Any:
+            return block.part * count + (count - 1 - i if reverse else i)
+
+        def start(i: Any, slot: Any) -> None:
+            sources = {
+                "B": lambda ref: ref.at[block.batch, self.rows(index(i)), block.group],
+                "C": lambda ref: ref.at[block.batch, self.rows(index(i)), block.group],
+                "keep": lambda ref: ref.at[block.batch, index(i)],
+                "states": lambda ref: ref.at[block.batch, index(i), :, block.channels],
+            }
+            for name in streamed:
+                token = lambda ref: ref.at[block.batch, self.rows(index(i)), block.channels]  # noqa: E731
+                source = sources.get(name, token)(gmem[name])
+                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], smem["barrier"].at[slot])
+
+        for i in range(self.stages):
+            start(i, i)
+
+        def step(i: Any, carry: Any) -> Any:
+            slot = lax.rem(i, self.stages)
+            # Copies out of the last chunk's slot must have ended, and all warps have read it, before it is filled again.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if count > self.stages:
+
+                @pl.when((i > 0) & (i - 1 + self.stages < count))
+                def _() -> None:
+                    start(i - 1 + self.stages, lax.rem(i - 1, self.stages))
+
+            plgpu.barrier_wait(smem["barrier"].at[slot])
+            return chunk(index(i), {name: smem[name].at[slot] for name in streamed}, carry)
+
+        carry = lax.fori_loop(0, count, step, carry)
+        plgpu.wait_smem_to_gmem(0)
+        return carry
+
+    def step_sizes(self, gmem: Refs, refs: Refs, block: Block, chunk: Any, channels: slice) -> jax.Array:
+        """delta' of a token tile, zero after the end of the sequence so that the state stays as it is."""
+        g = self.geometry
+        step_size = self.biased_delta(gmem, refs, block, channels)
+        if self.delta_softplus:
+            step_size = softplus(step_size, data_dtype=jnp.dtype(refs["delta"].dtype))
+        return self.mask(step_size, chunk)
+
+    def biased_delta(self, gmem: Refs, refs: Refs, block: Block, channels: slice) -> jax.Array:
+        """delta + delta_bias of a token tile."""
+        delta = load_token(self.geometry, refs["delta"], channels)
+        if "delta_bias" in gmem:
+            delta = delta + per_channel(self.geometry, gmem["delta_bias"], block, channels)
+        return delta
+
+    def mask(self, token: jax.Array, chunk: Any) -> jax.Array:
+        """Zeros a token tile after the end of the sequence."""
+        if self.num_chunks * self.geometry.steps == self.length:
+            return token
+        row = lax.broadcasted_iota(jnp.int32, token.shape, 0)
+        row = plgpu.layout_cast(row, self.geometry.token_layout)
+        return jnp.where(row < self.length - chunk * self.geometry.steps, token, 0.0)
+
+
+def per_channel(g: Geometry, ref: Any, block: Block, channels: slice) -> jax.Array:
+    """Loads one number a channel of a token tile, repeated for every step."""
+    first = block.index * g.channels + channels.start
+    row = plgpu.load(ref.at[pl.ds(first, g.token_channels)], layout=g.token_channel_layout, optimized=False)
+    return spread(row, (g.steps, g.token_channels), (1,), g.token_layout)
+
+
+def load_token(g: Geometry, ref: Any, channels: slice) -> jax.Array:
+    """Loads a token tile as float32."""
+    return plgpu.load(ref.at[:, channels], layout=g.token_layout, optimized=False).astype(jnp.float32)
+
+
+def load_channel(g: Geometry, ref: Any, step: Any, channels: slice) -> jax.Array:
+    """Loads one number a channel of a register tile, repeated for every state."""
+    row = plgpu.load(ref.at[step, channels], layout=g.channel_layout, optimized=False)
+    return spread(row, g.tile_shape, (1,), g.state_layout)
+
+
+def load_matrix(g: Geometry, ref: Any, step: Any) -> jax.Array:
+    """Loads a row of B or C, repeated for every channel of a register tile."""
+    row = plgpu.load(ref.at[step], layout=g.matrix_layout, optimized=False)
+    return spread(row, g.tile_shape, (0, 2), g.state_layout)
+
+
+def spread(array: jax.Array, shape: tuple[int, ...], dims: tuple[int, ...], layout: Layout) -> jax.Array:
+    """Broadcasts; costs nothing where the layout already has a copy in every lane that needs one."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(array, shape, dims), layout)
+
+
+def load_state(g: Geometry, ref: Any) -> State:
+    """Loads the states of the block's channels, (state_lanes, channels, states_per_lane)."""
+    return tuple(
+        plgpu.load(ref.at[:, channels], layout=g.state_layout, optimized=False) for channels in g.register_tiles()
+    )
+
+
+def store_state(g: Geometry, ref: Any, state: State) -> None:
+    """Stores the states of the block's channels."""
+    for tile, channels in zip(state, g.register_tiles(), strict=True):
+        store(ref.at[:, channels], tile)
+
+
+def zero_state(g: Geometry) -> State:
+    """States of zero."""
+    zeros = plgpu.layout_cast(jnp.zeros(g.tile_shape, jnp.float32), g.state_layout)
+    return tuple(zeros for _ in range(g.tiles))
+
+
+def zero_tokens(g: Geometry) -> jax.Array:
+    """Token tile of zeros."""
+    return plgpu.layout_cast(jnp.zeros((g.steps, g.token_channels), jnp.float32), g.token_layout)
+
+
+def store_sums(g: Geometry, ref: Any, block: Block, tokens: Sequence[jax.Array]) -> None:
+    """Sums token tiles over their steps and stores one number a channel."""
+    for channels, token in zip(g.token_tiles(), tokens, strict=True):
+        first = block.index * g.channels + channels.start
+        store(ref.at[pl.ds(first, g.token_channels)], jnp.sum(token, axis=0))
+
+
+def decay(step_size: jax.Array, A: jax.Array, keep: Any) -> jax.Array:
+    """What remains of a register tile's states after a step; nothing where a segment starts."""
+    factor = jnp.exp2(step_size * A)
+    return factor if keep is None else factor * keep
+
+
+def initial_state(p: Problem, gmem: Refs, block: Block, A: State) -> State:
+    """State before the block's part: the given one, carried over the parts before."""
+    g = p.geometry
+    h = zero_state(g)
+    if "initial_state" in gmem:
+        h = load_state(g, gmem["initial_state"].at[block.batch, :, block.channels])
+    return carry_over_parts(p, gmem, block, A, h, 0, block.part, lambda i: i)
+
+
+def carry_over_parts(
+    p: Problem, gmem: Refs, block: Block, A: State, h: State, start: Any, stop: Any, order: Callable[[Any], Any]
+) -> State:
+    """Carries a state over whole parts, by what ``parts.summarize`` found about them."""
+    if p.num_parts == 1:
+        return h
+    g = p.geometry
+
+    def carry(i: Any, h: State) -> State:
+        part = order(i)
+        gained = load_state(g, gmem["part_state"].at[block.batch, part, :, block.channels])
+        steps = gmem["part_steps"].at[block.batch, pl.ds(part, 1), block.channels]
+        keep = gmem["part_keep"][block.batch, part] if "part_keep" in gmem else None
+        step_size = [load_channel(g, steps, 0, channels) for channels in g.register_tiles()]
+        return tuple(decay(step_size[i], A[i], keep) * h[i] + gained[i] for i in range(g.tiles))
+
+    return lax.fori_loop(start, stop, carry, h)

@@ -1,0 +1,99 @@
+"""Forward kernel of the selective scan: one walk over the sequence, the state in registers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.selective_scan.mosaic_gpu import blocks
+from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
+from pallas_kernels.selective_scan.mosaic_gpu.elementwise import sigmoid
+
+
+def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> dict[str, jax.Array]:
+    """Runs the scan.
+
+    Args:
+        p: shapes and options.
+        inputs: as ``Problem`` describes them; with several parts also what ``parts.summarize`` returned.
+        save_states: whether to return the state before each chunk.
+
+    Returns:
+        "y" like "x"; "final_state" like "initial_state"; with ``save_states`` "states", the same with a dimension of
+        chunks after the batch.
+    """
+    g = p.geometry
+    streamed = [name for name in ("x", "delta", "B", "C", "z", "keep") if name in inputs]
+    outputs: dict[str, Any] = {"y": jax.ShapeDtypeStruct(inputs["x"].shape, inputs["x"].dtype)}
+    outputs["final_state"] = p.state_type()
+    if save_states:
+        outputs["states"] = p.state_type(p.num_chunks)
+    scratch = p.buffers(inputs, streamed) | {
+        "step_size": plgpu.SMEM((g.steps, g.channels), jnp.float32),
+        "input": plgpu.SMEM((g.steps, g.channels), jnp.float32),
+        "partial_y": plgpu.SMEM((g.steps, g.state_lanes, g.padded_channels), jnp.float32),
+    }
+
+    def forward(gmem: Refs, smem: Refs) -> None:
+        block = p.block()
+        A = blocks.load_state(g, gmem["A"].at[:, block.channels])
+
+        def chunk(index: Any, refs: Refs, h: State) -> State:
+            if save_states:
+                blocks.store_state(g, gmem["states"].at[block.batch, index, :, block.channels], h)
+            for channels in g.token_tiles():
+                step_size = p.step_sizes(gmem, refs, block, index, channels)
+                store(smem["step_size"].at[:, channels], step_size)
+                store(smem["input"].at[:, channels], step_size * blocks.load_token(g, refs["x"], channels))
+            plgpu.commit_smem()
+            h = _walk(p, refs, smem, A, h)
+            plgpu.commit_smem()
+            for channels in g.token_tiles():
+                y = sum(blocks.load_token(g, smem["partial_y"].at[:, lane], channels) for lane in range(g.state_lanes))
+                if "D" in gmem:
+                    D = blocks.per_channel(g, gmem["D"], block, channels)
+                    y = y + D * blocks.load_token(g, refs["x"], channels)
+                if "z" in refs:
+                    z = blocks.load_token(g, refs["z"], channels)
+                    y = y * (z * sigmoid(z))
+                store(refs["x"].at[:, channels], y.astype(refs["x"].dtype))
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(refs["x"], gmem["y"].at[block.batch, p.rows(index), block.channels])
+            return h
+
+        h = p.stream(gmem, smem, streamed, block, chunk, blocks.initial_state(p, gmem, block, A))
+
+        @pl.when(block.part == p.num_parts - 1)
+        def _() -> None:
+            blocks.store_state(g, gmem["final_state"].at[block.batch, :, block.channels], h)
+
+    return p.launch(forward, inputs, outputs, scratch)
+
+
+def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State) -> State:
+    """Takes the steps of a chunk; leaves each lane's part of C h in shared memory."""
+    g = p.geometry
+
+    def operands(t: Any) -> tuple[Any, ...]:
+        step_size = [blocks.load_channel(g, smem["step_size"], t, channels) for channels in g.register_tiles()]
+        x = [blocks.load_channel(g, smem["input"], t, channels) for channels in g.register_tiles()]
+        keep = refs["keep"][t] if "keep" in refs else None
+        return step_size, x, blocks.load_matrix(g, refs["B"], t), blocks.load_matrix(g, refs["C"], t), keep
+
+    def steps(i: Any, h: State) -> State:
+        rows = [i * p.unroll + u for u in range(p.unroll)]
+        # Loaded before the first store, past which the compiler would not move them.
+        loaded = [operands(t) for t in rows]
+        for t, (step_size, x, B, C, keep) in zip(rows, loaded, strict=True):
+            h = tuple(blocks.decay(step_size[tile], A[tile], keep) * h[tile] + x[tile] * B for tile in range(g.tiles))
+            for tile, channels in enumerate(g.register_tiles()):
+                store(smem["partial_y"].at[t, :, channels], jnp.sum(h[tile] * C, axis=2))
+        return h
+
+    return lax.fori_loop(0, g.steps // p.unroll, steps, h)

@@ -1,0 +1,122 @@
+"""How a selective scan is cut: into blocks of channels, chunks of steps, and registers of a lane."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from pallas_kernels.mosaic_gpu_compat import LANES, WARPS, plgpu, register_tile
+
+Layout = Any
+
+MAX_STATE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Shape of the piece of the problem that one block (a warpgroup) holds.
+
+    A register tile is (state_lanes, tile_channels, states_per_lane): each lane owns ``states_per_lane`` states of one
+    channel; the lanes of a warp are ``state_lanes`` by ``32 // state_lanes`` channels, and the 4 warps take further
+    channels. A block owns ``tiles`` of these, side by side along the channels, so that the values of B and C, which
+    all channels share, are loaded once for ``tiles`` channels.
+    """
+
+    state: int
+    """States of a channel, a power of two from 4."""
+    tiles: int
+    """Register tiles of a block."""
+    steps: int = 16
+    """Steps of a chunk: what is loaded, prepared and stored together."""
+    stages: int = 2
+    """Chunks in shared memory at once, one in use and the others on their way."""
+
+    @property
+    def state_lanes(self) -> int:
+        """Lanes that share a channel: four states a lane where that is possible, sixteen at most."""
+        return {4: 1, 8: 2, 16: 4, 32: 8, 64: 8, 128: 16, 256: 32}[self.state]
+
+    @property
+    def states_per_lane(self) -> int:
+        return self.state // self.state_lanes
+
+    @property
+    def tile_channels(self) -> int:
+        return WARPS * LANES // self.state_lanes
+
+    @property
+    def channels(self) -> int:
+        return self.tiles * self.tile_channels
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        return self.state_lanes, self.tile_channels, self.states_per_lane
+
+    @property
+    def padded_channels(self) -> int:
+        """Pitch of per-lane partial sums, such that the lanes of a warp store theirs to 32 different banks."""
+        return self.channels + LANES // self.state_lanes
+
+    @functools.cached_property
+    def state_layout(self) -> Layout:
+        """Of a register tile."""
+        lanes, channels, states = self.tile_shape
+        tiles = [(lanes, channels, states), (lanes, channels // WARPS, states), (1, 1, states)]
+        return register_tile(tiles, warp_dims=(-8,), lane_dims=(-6, -5), vector_dim=-1)
+
+    @property
+    def channel_layout(self) -> Layout:
+        """Of one number a channel of a register tile, in every lane that owns states of the channel."""
+        return self.state_layout.reduce((0, 2))
+
+    @property
+    def matrix_layout(self) -> Layout:
+        """Of a row of B or C, (state_lanes, states_per_lane), in every lane that owns these states of some channel."""
+        return self.state_layout.reduce((1,))
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of a token tile: element-wise work goes over (steps, token_channels) at a time."""
+        return max(self.tile_channels, 8)
+
+    @functools.cached_property
+    def token_layout(self) -> Layout:
+        """Of a token tile: neighbouring lanes own neighbouring channels, as wide as shared memory reads."""
+        rows = min(self.steps // WARPS, LANES)
+        if LANES // rows > self.token_channels:
+            raise ValueError(f"{self} has too few channels for its steps")
+        while (vector := self.token_channels * rows // LANES) > 4:  # 16 bytes of float32
+            rows //= 2
+        width = self.token_channels
+        tiles = [(WARPS * rows, width), (rows, width), (1, vector)]
+        return register_tile(tiles, warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-1)
+
+    @property
+    def token_channel_layout(self) -> Layout:
+        """Of one number a channel of a token tile."""
+        return self.token_layout.reduce((0,))
+
+    @functools.cached_property
+    def channel_sum_layout(self) -> Layout:
+        """Of (steps, *tile_shape) when it is summed over its channels: a warp a step."""
+        lanes, channels, states = self.tile_shape
+        tiles = [(WARPS, lanes, channels // WARPS, states), (1, 1, 1, states)]
+        return register_tile(tiles, warp_dims=(-8,), lane_dims=(-7, -6), vector_dim=-1)
+
+    def token_tiles(self) -> list[slice]:
+        """Channels of the block, one token tile after the other."""
+        return [slice(c, c + self.token_channels) for c in range(0, self.channels, self.token_channels)]
+
+    def register_tiles(self) -> list[slice]:
+        """Channels of the block, one register tile after the other."""
+        return [slice(c, c + self.tile_channels) for c in range(0, self.channels, self.tile_channels)]
+
+
+COMPILER_PARAMS = plgpu.CompilerParams(
+    approx_math=True,
+    # Every exchange between lanes through shared memory is fenced by hand, once a chunk instead of once a store.
+    unsafe_no_auto_barriers=True,
+    # Register layouts are given, not inferred.
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+)

@@ -1,0 +1,94 @@
+"""Summaries of parts of the sequence, where a problem has too few channels to fill the GPU.
+
+The length is cut into parts that run at the same time. What a part does to the state it receives is to let it decay and
+to add what it gathers from zero, so a first kernel finds both for every part, and the main one starts each of its blocks
+by carrying the state over the parts before it. The price is a second, shorter pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.selective_scan.mosaic_gpu import blocks
+from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
+from pallas_kernels.selective_scan.mosaic_gpu.elementwise import sigmoid
+
+
+def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> dict[str, jax.Array]:
+    """Finds what each part does to a state that passes through it.
+
+    Args:
+        p: shapes and options.
+        inputs: as ``Problem`` describes them; for ``reverse`` with "dy", the output's gradient.
+        reverse: whether it is the state's gradient that passes, from the last part to the first.
+
+    Returns:
+        "part_state", (batch, parts, *tile of all channels), what a part adds; "part_steps", (batch, parts, channels),
+        the sum of its step sizes, which with A makes its decay. Entries of the part that nothing passes are undefined.
+    """
+    g = p.geometry
+    signal, matrix = ("dy", "C") if reverse else ("x", "B")
+    streamed = [name for name in (signal, "delta", matrix, "keep", *(["z"] if reverse else [])) if name in inputs]
+    outputs = {
+        "part_state": p.state_type(p.num_parts),
+        "part_steps": jax.ShapeDtypeStruct((p.batch, p.num_parts, p.channels), jnp.float32),
+    }
+    scratch = p.buffers(inputs, streamed) | {
+        "step_size": plgpu.SMEM((g.steps, g.channels), jnp.float32),
+        "signal": plgpu.SMEM((g.steps, g.channels), jnp.float32),
+    }
+
+    def summarize_parts(gmem: Refs, smem: Refs) -> None:
+        block = p.block()
+        if reverse:
+            block = block._replace(part=block.part + 1)
+        A = blocks.load_state(g, gmem["A"].at[:, block.channels])
+
+        def chunk(index: Any, refs: Refs, carry: tuple[State, tuple[jax.Array, ...]]) -> Any:
+            state, totals = carry
+            new_totals = []
+            for channels, total in zip(g.token_tiles(), totals, strict=True):
+                step_size = p.step_sizes(gmem, refs, block, index, channels)
+                value = blocks.load_token(g, refs[signal], channels)
+                if "z" in refs:
+                    z = blocks.load_token(g, refs["z"], channels)
+                    value = value * (z * sigmoid(z))
+                store(smem["step_size"].at[:, channels], step_size)
+                store(smem["signal"].at[:, channels], value if reverse else step_size * value)
+                new_totals.append(total + step_size)
+            plgpu.commit_smem()
+            return _walk(p, refs, smem, A, state, matrix, reverse), tuple(new_totals)
+
+        totals = tuple(blocks.zero_tokens(g) for _ in g.token_tiles())
+        state, totals = p.stream(gmem, smem, streamed, block, chunk, (blocks.zero_state(g), totals), reverse=reverse)
+        blocks.store_state(g, gmem["part_state"].at[block.batch, block.part, :, block.channels], state)
+        blocks.store_sums(g, gmem["part_steps"].at[block.batch, block.part], block, totals)
+
+    return p.launch(summarize_parts, inputs, outputs, scratch, num_parts=p.num_parts - 1)
+
+
+def _walk(p: Problem, refs: Refs, smem: Refs, A: State, state: State, matrix: str, reverse: bool) -> State:
+    """Takes the steps of a chunk."""
+    g = p.geometry
+
+    def steps(i: Any, state: State) -> State:
+        for u in range(p.unroll):
+            t = i * p.unroll + u
+            t = g.steps - 1 - t if reverse else t
+            row = blocks.load_matrix(g, refs[matrix], t)
+            keep = refs["keep"][t] if "keep" in refs else None
+            new = []
+            for tile, channels in enumerate(g.register_tiles()):
+                decay = blocks.decay(blocks.load_channel(g, smem["step_size"], t, channels), A[tile], keep)
+                gain = blocks.load_channel(g, smem["signal"], t, channels) * row
+                new.append(decay * (state[tile] + gain) if reverse else decay * state[tile] + gain)
+            state = tuple(new)
+        return state
+
+    return lax.fori_loop(0, g.steps // p.unroll, steps, state)
