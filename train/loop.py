@@ -39,7 +39,7 @@ def run(experiment: Experiment, workdir: pathlib.Path, *, overwrite: bool = Fals
 
     with (
         jax.set_mesh(mesh),
-        Checkpointer(workdir, experiment, overwrite=overwrite) as checkpointer,
+        Checkpointer(workdir, experiment, overwrite=overwrite, tokenizer=corpus.tokenizer.describe()) as checkpointer,
         _termination_requests() as is_terminated,
     ):
         initialize = jax.jit(functools.partial(init_state, experiment))

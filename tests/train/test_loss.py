@@ -45,9 +45,7 @@ def computed(arguments, **options):
 
 
 @settings(max_examples=15)
-@given(
-    st.integers(1, 4), st.integers(1, 9), st.integers(2, 12), st.integers(1, 40), st.sampled_from([0.0, 1e-4, 0.1])
-)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(2, 12), st.integers(1, 40), st.sampled_from([0.0, 1e-4, 0.1]))
 def test_loss_and_gradients_equal_the_definition(batch, length, vocab, chunk_size, z_loss):
     arguments = problem(batch, length, vocab=vocab, seed=length)
     expected_sums, expected_gradients = exact(*arguments, z_loss)
