@@ -1,8 +1,73 @@
-"""Operators on sharded arrays."""
+"""Operators on sharded arrays.
+
+The compiler cannot split a kernel over devices. So an operator runs inside ``jax.shard_map``, where every device calls
+the kernel on its own part of the arrays, and the parts follow the sharding of the operator's main input.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+Dims = tuple[str, ...]
+"""Names of an array's dimensions; those of the same name are sharded alike."""
+
+Axis = str | tuple[str, ...]
+"""The mesh axis, or axes, that a dimension is sharded over."""
+
+
+def map_shards[Outputs: tuple[jax.Array, ...]](
+    function: Callable[[Any, Axis | None], Outputs],
+    inputs: Any,
+    input_dims: dict[str, Dims],
+    output_dims: tuple[Dims, ...],
+) -> Outputs:
+    """Calls a function on every device's part of the inputs.
+
+    The sharding in the type of the first input decides, if it is one of a mesh with explicit axes: every other input
+    is resharded so that dimensions of the same name are split alike, and dimensions the first one does not have are
+    not split. Without such a mesh, and inside a ``jax.shard_map``, the inputs are taken for local already.
+
+    Gradients of inputs that are the same on several devices are summed over these devices.
+
+    Args:
+        function: called with the local inputs, and with the mesh axis that "length" is sharded over or None.
+        inputs: a NamedTuple of arrays, the main one first; others may be None.
+        input_dims: names of each input's dimensions.
+        output_dims: names of each output's dimensions.
+    """
+    main_dims = input_dims[inputs._fields[0]]
+    sharding = jax.typeof(inputs[0]).sharding
+    explicit = _explicit_axes(sharding.mesh)
+    if not explicit:
+        return function(_vary_together(inputs), None)
+
+    axes = dict(zip(main_dims, sharding.spec, strict=True))
+    resharded = {
+        name: None if array is None else jax.sharding.reshard(array, _spec(input_dims[name], axes))
+        for name, array in inputs._asdict().items()
+    }
+
+    @jax.shard_map(out_specs=tuple(_spec(dims, axes) for dims in output_dims), axis_names=explicit)
+    def run(inputs: Any) -> Outputs:
+        return function(_vary_together(inputs), axes.get("length"))
+
+    return run(type(inputs)(**resharded))
+
+
+def shard_count(array: jax.Array, dim: int) -> int:
+    """Number of parts that ``map_shards`` finds this dimension of an array in: 1 where it is not sharded."""
+    sharding = jax.typeof(array).sharding
+    axis = sharding.spec[dim] if _explicit_axes(sharding.mesh) else None
+    if axis is None:
+        return 1
+    names = (axis,) if isinstance(axis, str) else axis
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def vary_like(array: jax.Array, like: jax.Array) -> jax.Array:
@@ -10,9 +75,53 @@ def vary_like(array: jax.Array, like: jax.Array) -> jax.Array:
 
     Inside ``jax.shard_map`` the carry of a loop must be marked so from the start. Elsewhere it changes nothing.
     """
-    axes = _varying_axes(like) - _varying_axes(array)
-    return jax.lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
+    return _vary_over(array, _varying_axes(like))
+
+
+def _vary_together(inputs: Any) -> Any:
+    # A kernel with its own derivative returns cotangents that vary as its outputs do. An input that varies less must
+    # be cast first: the transpose of the cast then sums its cotangents over the devices.
+    axes = frozenset[str]().union(*(_varying_axes(array) for array in jax.tree.leaves(inputs)))
+    return jax.tree.map(lambda array: _vary_over(array, axes), inputs)
+
+
+def _vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(sorted(axes - _varying_axes(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 def _varying_axes(array: jax.Array) -> frozenset[str]:
     return jax.typeof(array).manual_axis_type.varying
+
+
+def _explicit_axes(mesh: Any) -> frozenset[str]:
+    return frozenset(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    )
+
+
+def _spec(dims: Dims, axes: dict[str, Axis | None]) -> PartitionSpec:
+    return PartitionSpec(*(axes.get(dim) for dim in dims))
+
+
+def continues_previous(segment_ids: jax.Array, axis: Axis) -> jax.Array:
+    """Tells, for each row, whether this device's first token is of the same segment as the last one before it.
+
+    Args:
+        segment_ids: (batch, length), this device's part.
+        axis: mesh axis that the length is sharded over. The first device's token counts as continuing.
+    """
+    previous_last = from_previous(segment_ids[:, -1], axis)
+    return (segment_ids[:, 0] == previous_last) | (jax.lax.axis_index(axis) == 0)
+
+
+def from_previous(array: jax.Array, axis: Axis) -> jax.Array:
+    """Returns the array of the device before this one along a mesh axis; zeros on the first."""
+    count = jax.lax.axis_size(axis)
+    return jax.lax.ppermute(array, axis, [(source, source + 1) for source in range(count - 1)])
+
+
+def from_last(array: jax.Array, axis: Axis) -> jax.Array:
+    """Returns the array of the last device along a mesh axis, the same on all of them."""
+    is_last = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1
+    return jax.lax.psum(jnp.where(is_last, array, 0), axis)

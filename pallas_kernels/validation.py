@@ -31,14 +31,20 @@ class Checker:
         if array.ndim != len(dims):
             raise self.error(f"{name} must be ({', '.join(dims)}), got shape {array.shape}")
         for dim, size in zip(dims, array.shape, strict=True):
-            if size == 0:
-                raise self.error(f"{name} has no elements: shape {array.shape}, {dim} must be at least 1")
-            if self._sizes.setdefault(dim, size) != size:
+            if dim not in self._sizes:
+                if size == 0:
+                    raise self.error(f"{name} has no elements: shape {array.shape}, {dim} must be at least 1")
+                self.fix(dim, size, name)
+            elif size != self._sizes[dim]:
                 raise self.error(
                     f"{name} must be ({', '.join(dims)}) with {dim} {self._sizes[dim]} as in "
                     f"{self._fixed_by[dim]}, got shape {array.shape}"
                 )
-            self._fixed_by.setdefault(dim, name)
+
+    def fix(self, dim: str, size: int, name: str) -> None:
+        """Fixes the size of a dimension that follows from an array which does not have it."""
+        self._sizes[dim] = size
+        self._fixed_by[dim] = name
 
     def error(self, message: str) -> ValueError:
         """Returns an error that starts with the operator's name."""

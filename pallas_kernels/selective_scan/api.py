@@ -6,9 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact, Int
 
 from pallas_kernels import implementation as implementations
-from pallas_kernels.selective_scan import reference
+from pallas_kernels import sharding
+from pallas_kernels.selective_scan import sequence_parallel
 from pallas_kernels.selective_scan.inputs import Inputs
 from pallas_kernels.validation import INTEGER, REAL_OR_COMPLEX, Checker
+
+_TOKEN = ("batch", "length", "channels")
+_STATE = ("batch", "channels", "state")
+_OUTPUT_DIMS = (_TOKEN, _STATE)
 
 
 def selective_scan(
@@ -69,8 +74,7 @@ def selective_scan(
         UnsupportedError: the named implementation cannot run this call.
     """
     inputs = _canonical("selective_scan", x, delta, A, B, C, D, z, delta_bias, segment_ids, initial_state)
-    run = implementations.choose("selective_scan", implementation, inputs, delta_softplus=delta_softplus)
-    y, final_state = run(inputs, delta_softplus=delta_softplus)
+    y, final_state = _run(inputs, delta_softplus, implementation)
     return (y, final_state) if return_final_state else y
 
 
@@ -110,8 +114,54 @@ def selective_scan_step(
     x, delta, B, C = (array[:, None] for array in (x, delta, B, C))
     z = None if z is None else z[:, None]
     inputs = _canonical("selective_scan_step", x, delta, A, B, C, D, z, delta_bias, None, state)
-    y, state = reference.selective_scan(inputs, delta_softplus=delta_softplus)
+    y, state = _run(inputs, delta_softplus, "reference")
     return y[:, 0], state
+
+
+def _run(inputs: Inputs, delta_softplus: bool, implementation: str | None) -> tuple[jax.Array, jax.Array]:
+    def scan(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        run = implementations.choose("selective_scan", implementation, inputs, delta_softplus=delta_softplus)
+        return run(inputs, delta_softplus=delta_softplus)
+
+    def scan_shard(inputs: Inputs, sequence_axis: sharding.Axis | None) -> tuple[jax.Array, jax.Array]:
+        if sequence_axis is None:
+            return scan(inputs)
+        return sequence_parallel.selective_scan(scan, inputs, sequence_axis, delta_softplus=delta_softplus)
+
+    inputs = _groups_per_shard(inputs)
+    return sharding.map_shards(scan_shard, inputs, _input_dims(inputs), _OUTPUT_DIMS)
+
+
+def _input_dims(inputs: Inputs) -> dict[str, sharding.Dims]:
+    # A single group serves all channels, several are sharded along with theirs.
+    matrix = ("batch", "length", "groups" if inputs.B.shape[2] == 1 else "channels", "state")
+    return {
+        "x": _TOKEN,
+        "delta": _TOKEN,
+        "A": ("channels", "state"),
+        "B": matrix,
+        "C": matrix,
+        "D": ("channels",),
+        "z": _TOKEN,
+        "delta_bias": ("channels",),
+        "segment_ids": ("batch", "length"),
+        "initial_state": _STATE,
+    }
+
+
+def _groups_per_shard(inputs: Inputs) -> Inputs:
+    """Repeats groups that several shards of the channels need, so that each shard has its own."""
+    shards = sharding.shard_count(inputs.x, 2)
+    groups = inputs.B.shape[2]
+    if groups == 1 or groups % shards == 0:
+        return inputs
+    if shards % groups:
+        raise ValueError(
+            f"selective_scan: channels are sharded over {shards} devices, but B has {groups} groups; "
+            f"one of the two must be a multiple of the other."
+        )
+    repeats = shards // groups
+    return inputs._replace(B=jnp.repeat(inputs.B, repeats, axis=2), C=jnp.repeat(inputs.C, repeats, axis=2))
 
 
 def _canonical(operator, x, delta, A, B, C, D, z, delta_bias, segment_ids, initial_state) -> Inputs:

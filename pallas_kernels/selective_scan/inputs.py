@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Complex, Float, Inexact, Int
+from jaxtyping import Array, Complex, Float, Inexact, Int
 
 
 class Inputs(NamedTuple):
@@ -40,9 +40,3 @@ class Inputs(NamedTuple):
         if jnp.iscomplexobj(self.A):
             return jnp.promote_types(self.real_dtype, jnp.complex64)
         return self.real_dtype
-
-
-def segment_starts(segment_ids: Int[Array, "batch length"]) -> Bool[Array, "batch length"]:
-    """Marks the tokens whose segment id differs from the token's before; never the first token."""
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changes, ((0, 0), (1, 0)))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.selective_scan.inputs import Inputs, segment_starts
+from pallas_kernels.segments import segment_starts
+from pallas_kernels.selective_scan.inputs import Inputs
 from pallas_kernels.sharding import vary_like
 
 
