@@ -26,7 +26,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UserError(f"--out {path} exists; remove it first, or choose another name.")
-    partial = path.with_name(f".{path.name}.partial")
+    target = path.resolve()
+    partial = target.with_name(f".{target.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with _locked(partial, path):
@@ -34,11 +35,11 @@ def new_folder(path: Path) -> Iterator[Path]:
             try:
                 yield partial
                 _sync_folder(partial)
-                os.rename(partial, path)
+                os.rename(partial, target)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-            _sync_folder(path.parent)
+            _sync_folder(target.parent)
     except OSError as error:
         reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
         reason = reasons.get(error.errno or 0, error.strerror or str(error))

@@ -10,9 +10,8 @@ import abc
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -127,7 +126,7 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
             raise UsageError(f"{item} has a suffix that says nothing about its format; {_ACCEPTED}.")
         else:
             found = [item]
-        files |= {path.resolve(): path for path in found if path.resolve() not in files}
+        files |= {path.resolve(): path for path in found}
     return list(files.values())
 
 
@@ -170,7 +169,7 @@ def _is_readable(path: Path, folder: Path) -> bool:
     return not hidden and path.is_file() and _kind(path) is not None
 
 
-def _cut_stream(path: Path, find_end: Any) -> Iterator[tuple[bytes, int, int]]:
+def _cut_stream(path: Path, find_end: Callable[[bytes], int]) -> Iterator[tuple[bytes, int, int]]:
     """Yields (data, its offset in the decompressed file, bytes of the file it took), cut where ``find_end`` says."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(pa.OSFile(str(path), "rb"))

@@ -217,7 +217,6 @@ _worker: dict[str, Any] = {}
 
 def _start_worker(description: dict[str, Any], held_out: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker.update(tokenizer=tokenizer_from_description(description), held_out=held_out)
 

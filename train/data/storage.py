@@ -86,7 +86,8 @@ class CorpusWriter:
     def hold_out_tail(self, share: float) -> None:
         """Moves the end of the training stream, about ``share`` of it, to the empty held-out stream.
 
-        For a corpus of so few documents that none is held out whole. The document the cut falls in becomes two.
+        For a corpus of so few documents that none is held out whole. The document the cut falls in becomes two. No more
+        than 4 Mi tokens move, which measure a model well enough and fit in memory.
 
         Raises:
             UserError: there is too little text to divide.

@@ -59,6 +59,14 @@ def test_what_exists_is_not_overwritten(tmp_path: Path):
     assert (tmp_path / "empty" / "file").read_text() == "new"
 
 
+def test_the_empty_current_folder_can_be_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with new_folder(Path(".")) as folder:
+        (folder / "file").write_text("new")
+    assert (tmp_path / "here" / "file").read_text() == "new"
+
+
 def test_a_full_disk_is_said_in_words_and_leaves_nothing(tmp_path: Path):
     with pytest.raises(UserError, match=r"out cannot be written: the disk is full"), new_folder(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")

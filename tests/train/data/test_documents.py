@@ -87,6 +87,11 @@ def test_missing_texts_are_empty_documents(tmp_path: Path):
     assert _read(tmp_path / "a.parquet") == ["", "x"]
 
 
+def test_a_carriage_return_ends_no_line(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text":\r"a"}\r\n{"text": "b"}\r\n')
+    assert _read(tmp_path / "a.jsonl") == ["a", "b"]
+
+
 def test_byte_order_marks_are_no_text(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}')
