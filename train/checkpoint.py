@@ -55,21 +55,14 @@ class Checkpointer:
     method at the same step.
     """
 
-    def __init__(
-        self,
-        workdir: Path,
-        experiment: Experiment,
-        *,
-        overwrite: bool = False,
-        tokenizer: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, workdir: Path, experiment: Experiment, *, tokenizer: Mapping[str, Any], overwrite: bool = False):
         """Claims the workdir for this run.
 
         Args:
             workdir: folder of the run, made where there is none.
             experiment: config of the run, saved with each checkpoint.
-            overwrite: delete the run that the folder holds.
             tokenizer: description of the tokenizer, saved with the config so that a model can be used without its data.
+            overwrite: delete the run that the folder holds.
 
         Raises:
             UserError: the folder cannot be written, or holds something else; see ``workdir.claim``.
@@ -195,8 +188,8 @@ class TrainedModel:
 
     experiment: Experiment
     """The config of the run."""
-    tokenizer: Mapping[str, Any] | None
-    """Description of the tokenizer, where the run saved one."""
+    tokenizer: Mapping[str, Any]
+    """Description of the tokenizer."""
     folder: Path
     """Folder of the checkpoints."""
     steps: tuple[int, ...]

@@ -109,7 +109,7 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     """Global norm that gradients are clipped to; None clips nothing."""
     spike_factor: float | None = None
-    """Skip an update whose gradient norm exceeds this many times its running average; None skips only non-finite ones."""
+    """Skip an update whose gradient norm exceeds this many times its running average; None: only non-finite ones."""
     max_skipped: int = 10
     """Skipped updates in a row after which the run stops with an error."""
 
@@ -178,7 +178,7 @@ class Experiment:
     """Everything that decides what a run computes."""
 
     train: TrainConfig = TrainConfig()
-    model: LanguageModelConfig = LanguageModelConfig()
+    model: LanguageModelConfig = dataclasses.field(default_factory=LanguageModelConfig)
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -27,6 +27,7 @@ from train.errors import UserError
 from train.mesh import make_mesh
 
 DEFAULT = Experiment()
+open_run = functools.partial(Checkpointer, tokenizer={"kind": "bytes"})
 
 
 class Layer(nnx.Module):
@@ -93,7 +94,7 @@ def save(tmp_path):
 
     def save(*steps: int, experiment: Experiment = DEFAULT, losses: dict[int, float] | None = None) -> Path:
         data = batches()
-        with Checkpointer(tmp_path / "run", experiment) as checkpointer:
+        with open_run(tmp_path / "run", experiment) as checkpointer:
             for step in steps:
                 next(data)
                 loss = (losses or {}).get(step)
@@ -104,7 +105,7 @@ def save(tmp_path):
 
 
 def restore(workdir: Path, experiment: Experiment = DEFAULT, data: Any = None):
-    with Checkpointer(workdir, experiment) as checkpointer:
+    with open_run(workdir, experiment) as checkpointer:
         abstract = jax.eval_shape(functools.partial(make_state, 0))
         return checkpointer.restore_latest(abstract, batches() if data is None else data)
 
@@ -132,7 +133,7 @@ def test_a_checkpoint_holds_the_state_as_it_was_when_saved(tmp_path):
     """The arrays are donated while the save is still under way, as the training loop does."""
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     make = jax.jit(lambda: [jnp.arange(2.0**22), jnp.arange(2.0**20)])
-    with Checkpointer(tmp_path / "run", DEFAULT) as checkpointer:
+    with open_run(tmp_path / "run", DEFAULT) as checkpointer:
         state = make()
         checkpointer.save(1, state, batches())
         for _ in range(5):
@@ -145,7 +146,7 @@ def test_a_checkpoint_holds_the_state_as_it_was_when_saved(tmp_path):
 def test_a_state_comes_back_onto_another_mesh(tmp_path, sizes):
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))):
         state = jax.jit(functools.partial(make_state, 5))()
-        with Checkpointer(tmp_path / "run", DEFAULT) as checkpointer:
+        with open_run(tmp_path / "run", DEFAULT) as checkpointer:
             checkpointer.save(5, state, batches())
     make = jax.jit(functools.partial(make_state, 5))
     with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
@@ -195,7 +196,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(save, corrupt, caplog):
     assert step == 1
     assert_equal(state, make_state(1))
     assert "checkpoints/2 is damaged" in caplog.text
-    with Checkpointer(workdir, DEFAULT) as checkpointer:
+    with open_run(workdir, DEFAULT) as checkpointer:
         checkpointer.save(2, make_state(2), data)
     assert restore(workdir)[0] == 2
     assert (workdir / "damaged" / "2").is_dir()
@@ -204,7 +205,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(save, corrupt, caplog):
 def test_one_wrong_bit_in_a_number_is_damage(tmp_path, caplog):
     """Orbax itself only checks what lies around the numbers."""
     state = {"x": jax.random.normal(jax.random.key(time.time_ns() % 2**32), (2**16,))}
-    with Checkpointer(tmp_path, DEFAULT) as checkpointer:
+    with open_run(tmp_path, DEFAULT) as checkpointer:
         checkpointer.save(1, state, batches())
         checkpointer.save(2, state, batches())
     data = max((tmp_path / "checkpoints" / "2").rglob("d/*"), key=lambda path: path.stat().st_size)
@@ -212,7 +213,7 @@ def test_one_wrong_bit_in_a_number_is_damage(tmp_path, caplog):
     assert len(content) > 2**17
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    with Checkpointer(tmp_path, DEFAULT) as checkpointer:
+    with open_run(tmp_path, DEFAULT) as checkpointer:
         assert checkpointer.restore_latest(jax.eval_shape(lambda: state), batches())[0] == 1
     assert "1 arrays are not as they were written, x among them" in caplog.text
 
@@ -247,7 +248,6 @@ from pathlib import Path
 import jax.numpy as jnp
 from train.checkpoint import Checkpointer
 from train.config import Experiment
-DEFAULT = Experiment()
 class Data:
     def get_state(self): return {}
 folder = Path(sys.argv[1]) / "checkpoints"
@@ -255,7 +255,7 @@ def kill_when_begun():
     while not any(not path.name.isdigit() for path in folder.iterdir()): pass
     os.kill(os.getpid(), 9)
 threading.Thread(target=kill_when_begun).start()
-checkpointer = Checkpointer(folder.parent, DEFAULT)
+checkpointer = Checkpointer(folder.parent, Experiment(), tokenizer={})
 checkpointer.save(2, {"x": jnp.arange(2.0**22)}, Data())
 checkpointer.wait()
 """
@@ -271,7 +271,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(save):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     too_large = {"x": jax.random.normal(jax.random.key(0), (2**20,))}
     try:
-        checkpointer = Checkpointer(workdir, DEFAULT)
+        checkpointer = open_run(workdir, DEFAULT)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limit[1]))
         checkpointer.save(2, too_large, batches())
         checkpointer.close()
@@ -311,7 +311,7 @@ def test_a_model_is_loaded_from_the_checkpoint_before_a_damaged_one(save):
 
 
 def test_the_tokenizer_is_saved_with_the_model(tmp_path):
-    with Checkpointer(tmp_path / "run", Experiment(), tokenizer={"kind": "bytes"}) as checkpointer:
+    with open_run(tmp_path / "run", Experiment(), tokenizer={"kind": "bytes"}) as checkpointer:
         checkpointer.save(1, make_state(1), batches())
     assert load_for_inference(tmp_path / "run").tokenizer == {"kind": "bytes"}
 
@@ -331,7 +331,7 @@ def test_a_workdir_of_another_config_is_refused_with_what_differs(save):
     workdir = save(1, experiment=Experiment(optimizer=OptimizerConfig(learning_rate=0.001)))
     other = Experiment(optimizer=OptimizerConfig(learning_rate=0.002))
     with pytest.raises(UserError, match="--overwrite") as caught:
-        Checkpointer(workdir, other)
+        open_run(workdir, other)
     assert f"Optimizer.learning_rate: 0.001 in {workdir}, 0.002 now" in str(caught.value)
     assert saved_steps(workdir) == {"1"}
 
@@ -348,7 +348,7 @@ def test_settings_that_decide_nothing_may_change_on_resuming(save):
 def test_overwriting_removes_the_run_and_nothing_else(save):
     workdir = save(1)
     (workdir / "notes.txt").write_text("mine")
-    with Checkpointer(workdir, Experiment(train=TrainConfig(seed=1)), overwrite=True) as checkpointer:
+    with open_run(workdir, Experiment(train=TrainConfig(seed=1)), overwrite=True) as checkpointer:
         assert checkpointer.restore_latest(jax.eval_shape(functools.partial(make_state, 0)), batches()) is None
     assert (workdir / "notes.txt").read_text() == "mine"
 
@@ -358,19 +358,19 @@ def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path):
     (tmp_path / "checkpoints" / "thesis.tex").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(UserError, match="touched"):
-            Checkpointer(tmp_path, Experiment(), overwrite=overwrite)
+            open_run(tmp_path, Experiment(), overwrite=overwrite)
     assert (tmp_path / "checkpoints" / "thesis.tex").exists()
 
 
 def test_only_runs_are_overwritten(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="--overwrite deletes runs of mamba-jax only"):
-        Checkpointer(tmp_path, DEFAULT, overwrite=True)
-    Checkpointer(tmp_path, DEFAULT).close()  # other files in the way of nothing do no harm
+        open_run(tmp_path, DEFAULT, overwrite=True)
+    open_run(tmp_path, DEFAULT).close()  # other files in the way of nothing do no harm
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
         with pytest.raises(UserError, match=r"cannot write to the workdir .* Give another one with --workdir"):
-            Checkpointer(workdir, DEFAULT)
+            open_run(workdir, DEFAULT)
