@@ -12,6 +12,7 @@ The folder appears under its name at once and complete, or not at all.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import zlib
@@ -23,7 +24,7 @@ import numpy as np
 from jaxtyping import UInt
 
 from train.data.tokenizer import Tokenizer, tokenizer_from_description
-from train.data.tokens import Corpus, Split, Tokens, block_checksums, id_dtype
+from train.data.tokens import CHECKSUM_BLOCK, Corpus, Split, Tokens, id_dtype
 from train.errors import UserError
 
 _FORMAT = "mamba-jax corpus"
@@ -130,7 +131,7 @@ class CorpusWriter:
         for split, file in self._files.items():
             self.append(split, np.array([self._tokenizer.separator_id], self._dtype), documents=0, text_bytes=0)
             _sync(file)
-            checksums = block_checksums(np.memmap(self._folder / f"{split}.tokens", self._dtype, "r")).tobytes()
+            checksums = _file_checksums(self._folder / f"{split}.tokens")
             _write(self._folder / f"{split}.checksums", checksums)
             splits[split] = {**dataclasses.asdict(self.counts[split]), "checksums_crc32": zlib.crc32(checksums)}
         description = json.dumps(self._tokenizer.describe(), ensure_ascii=False).encode()
@@ -165,6 +166,13 @@ def read_corpus(source: str | Path) -> Corpus:
     tokenizer = tokenizer_from_description(json.loads(description))
     train, held_out = (_map_stream(folder, split, header, tokenizer) for split in _SPLITS)
     return Corpus(train, held_out, tokenizer)
+
+
+def _file_checksums(path: Path) -> bytes:
+    """The ``block_checksums`` of a stream's file, read and not mapped, as mapped pages would count as memory in use."""
+    with open(path, "rb") as file:
+        blocks = iter(functools.partial(file.read, CHECKSUM_BLOCK), b"")
+        return b"".join(zlib.crc32(block).to_bytes(4, "little") for block in blocks)
 
 
 def _read_header(folder: Path) -> Mapping[str, Any]:
