@@ -158,9 +158,14 @@ def test_an_interrupt_says_how_to_go_on(run, tmp_path, monkeypatch):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    command = f"{sys.executable} -c 'from train.cli import main; main([\"configs\"])' | head -n 1"
-    ended = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
-    assert ended.stderr == ""
+    program = "import sys; from train.cli import main; sys.exit(main(['configs']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+    process.stderr.close()
 
 
 def test_configs_lists_every_setting_with_its_meaning(run):
