@@ -1,0 +1,1 @@
+"""Measurements of speed: of operators, and of whole models."""

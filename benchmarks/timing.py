@@ -1,0 +1,65 @@
+"""How long the device takes for a call.
+
+A host clock around one call also measures Python, the dispatch, and the wait for the result. So a program of several
+calls, each on inputs of its own, is put into the device's queue several times, and the time it takes more for more
+of them is divided by the number of calls: as long as the device is slower than the host, what the host does cancels out,
+and what remains is the device's time with the gaps between kernels that a user would see too. It needs neither
+a profiler nor events, and is the same on every backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+_TARGET_SECONDS = 0.02
+"""Time that a sample should take longer for its longer queue."""
+_MAX_QUEUED_BYTES = 16e9
+"""Outputs of queued programs all have their memory at the same time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median of the samples, and their quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+    samples: int
+    calls: int
+    """Calls measured, all samples together."""
+
+
+def time_calls(function: Callable[..., Any], input_sets: Sequence[tuple[Any, ...]], *, samples: int = 15) -> Timing:
+    """Times calls of a function, compiled.
+
+    Args:
+        function: takes arrays and Nones, returns a tree of arrays.
+        input_sets: arguments for one call each. Together they should be several times as large as the device's cache:
+            one set after the other, each has left the cache when its turn comes again.
+        samples: how many measurements to take the median of.
+    """
+    program = jax.jit(lambda sets: [function(*inputs) for inputs in sets]).lower(input_sets).compile()
+
+    def run(count: int) -> float:
+        began = time.perf_counter()
+        outputs = None
+        for _ in range(count):
+            outputs = program(input_sets)
+        jax.block_until_ready(outputs)
+        return time.perf_counter() - began
+
+    run(1)
+    once = min(run(1) for _ in range(2))
+    output_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.out_info))
+    room = int(_MAX_QUEUED_BYTES / max(output_bytes, 1))
+    queued = max(1, min(math.ceil(_TARGET_SECONDS / once), room // 2))
+    times = sorted((run(2 * queued) - run(queued)) / (queued * len(input_sets)) for _ in range(samples))
+    lower, _, upper = statistics.quantiles(times, n=4) if samples > 1 else (times[0],) * 3
+    return Timing(statistics.median(times), lower, upper, samples, samples * queued * len(input_sets))

@@ -1,0 +1,100 @@
+"""How a causal convolution is cut: into blocks of channels, stretches of tokens, and chunks of a stretch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from pallas_kernels.mosaic_gpu_compat import LANES, WARPS, register_tile
+
+Layout = Any
+
+MAX_WIDTH = 8
+MAX_VECTOR = 8
+_SMS = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The piece of the problem that one block (a warpgroup) works on.
+
+    Every warp walks a stretch of tokens of its own, the four of a block one after another in the sequence. A lane owns
+    ``vector`` neighbouring channels: it loads and stores them at once, and keeps what the filter remembers of earlier
+    tokens in registers. A row is what the warps of a block hold of one step: (4 stretches, channels).
+    """
+
+    vector: int
+    """Channels a lane."""
+    steps: int
+    """Tokens of a stretch that are loaded and stored together, a chunk."""
+    stages: int
+    """Chunks in shared memory at once: one in use, one on its way out, the others on their way in."""
+    chunks: int
+    """Chunks a stretch."""
+    unroll: int
+    """Steps whose inputs are loaded before the first of them is computed."""
+
+    @property
+    def channels(self) -> int:
+        return LANES * self.vector
+
+    @property
+    def stretch(self) -> int:
+        """Tokens a warp walks over."""
+        return self.chunks * self.steps
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a block works on."""
+        return WARPS * self.stretch
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        return WARPS, self.channels
+
+    @functools.cached_property
+    def row_layout(self) -> Layout:
+        """Of a row in registers: a stretch a warp, and neighbouring channels in neighbouring lanes."""
+        tiles = [(WARPS, self.channels), (1, self.channels), (1, self.vector)]
+        return register_tile(tiles, warp_dims=(-6,), lane_dims=(-3,), vector_dim=-1)
+
+    @property
+    def channel_layout(self) -> Layout:
+        """Of one number a channel, in every warp."""
+        return self.row_layout.reduce((0,))
+
+    @property
+    def stretch_layout(self) -> Layout:
+        """Of one number a stretch, in every lane of its warp."""
+        return self.row_layout.reduce((1,))
+
+
+def forward(batch: int, length: int, channels: int, width: int, item_bytes: int) -> Geometry:
+    """Geometry of the forward kernel."""
+    vector = _vector(width, item_bytes)
+    steps, stages = 8, 4
+    chunks = _chunks(batch, length, channels, steps, vector, blocks_per_sm=8)
+    return Geometry(vector, steps, min(stages, chunks), chunks, unroll=4)
+
+
+def backward(batch: int, length: int, channels: int, width: int, item_bytes: int) -> Geometry:
+    """Geometry of the backward kernel."""
+    vector = _vector(width, item_bytes)
+    steps, stages = 8, 4
+    chunks = _chunks(batch, length, channels, steps, vector, blocks_per_sm=8)
+    return Geometry(vector, steps, min(stages, chunks), chunks, unroll=4)
+
+
+def _vector(width: int, item_bytes: int) -> int:
+    """Channels a lane: 16 bytes, fewer for a long filter, whose memory has to fit the registers."""
+    return min(16 // item_bytes, MAX_VECTOR if width <= 4 else MAX_VECTOR // 2)
+
+
+def _chunks(batch: int, length: int, channels: int, steps: int, vector: int, *, blocks_per_sm: int) -> int:
+    """Chunks a stretch, a power of two: as many as leave enough blocks for the GPU."""
+    columns = batch * -(-channels // (LANES * vector))
+    chunks = 1
+    while columns * (length // (WARPS * steps * 2 * chunks)) >= blocks_per_sm * _SMS:
+        chunks *= 2
+    return chunks
