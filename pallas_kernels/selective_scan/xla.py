@@ -21,33 +21,34 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Inexact
 
 from pallas_kernels.implementation import backend
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.selective_scan.inputs import Inputs
 from pallas_kernels.sharding import vary_like
 
-_CHUNK_SIZES = {"cpu": (64, 8)}
+_CHUNK_SIZES = {"cpu": (64, 4)}
 _DEFAULT_CHUNK_SIZES = (128,)
 
 
 class _Tokens(NamedTuple):
-    """What changes with every token, the length first and channels as (groups, channels of a group)."""
+    """What changes with every token, the length first. A row is a group of channels of one sequence."""
 
-    x: jax.Array
-    delta: jax.Array
-    B: jax.Array
-    C: jax.Array
-    z: jax.Array | None
-    starts: jax.Array | None
+    x: Float[Array, "length rows members"]
+    delta: Float[Array, "length rows members"]
+    B: Inexact[Array, "length rows state"]
+    C: Inexact[Array, "length rows state"]
+    z: Float[Array, "length rows members"] | None
+    starts: Bool[Array, "length rows"] | None
 
 
 class _Parameters(NamedTuple):
-    """What all tokens share: A as (groups, state, channels of a group), D and delta_bias without the state."""
+    """What all tokens share; of a single row where there is one group only."""
 
-    A: jax.Array
-    D: jax.Array | None
-    delta_bias: jax.Array | None
+    A: Inexact[Array, "rows_or_1 state members"]
+    D: Float[Array, "rows_or_1 members"] | None
+    delta_bias: Float[Array, "rows_or_1 members"] | None
 
 
 def unsupported_reason(inputs: Inputs, *, delta_softplus: bool) -> str | None:
@@ -61,31 +62,33 @@ def selective_scan(inputs: Inputs, *, delta_softplus: bool) -> tuple[jax.Array, 
     groups, state = inputs.B.shape[2:]
     members = channels // groups
 
-    def per_token(array: jax.Array) -> jax.Array:
-        return jnp.moveaxis(array, 1, 0).reshape(-1, batch, groups, members)
+    def per_token(array: jax.Array, size: int = members) -> jax.Array:
+        return jnp.moveaxis(array, 1, 0).reshape(-1, batch * groups, size)
 
-    def per_channel(array: jax.Array) -> jax.Array:
-        return array.astype(inputs.real_dtype).reshape(groups, members)
+    def per_channel(array: jax.Array, *sizes: int) -> jax.Array:
+        array = array.reshape(groups, members, *sizes)
+        return array if groups == 1 else jnp.concatenate([array] * batch)
 
-    starts = None if inputs.segment_ids is None else segment_starts(inputs.segment_ids).T
+    starts = None
+    if inputs.segment_ids is not None:
+        starts = jnp.repeat(segment_starts(inputs.segment_ids).T, groups, axis=1)
     tokens = _Tokens(
         x=per_token(inputs.x),
         delta=per_token(inputs.delta),
-        B=jnp.moveaxis(inputs.B, 1, 0),
-        C=jnp.moveaxis(inputs.C, 1, 0),
+        B=per_token(inputs.B, state),
+        C=per_token(inputs.C, state),
         z=None if inputs.z is None else per_token(inputs.z),
         starts=starts,
     )
-    A = inputs.A.astype(inputs.state_dtype).reshape(groups, members, state)
     parameters = _Parameters(
-        A=jnp.swapaxes(A, 1, 2),
-        D=None if inputs.D is None else per_channel(inputs.D),
-        delta_bias=None if inputs.delta_bias is None else per_channel(inputs.delta_bias),
+        A=jnp.swapaxes(per_channel(inputs.A.astype(inputs.state_dtype), state), 1, 2),
+        D=None if inputs.D is None else per_channel(inputs.D.astype(inputs.real_dtype)),
+        delta_bias=None if inputs.delta_bias is None else per_channel(inputs.delta_bias.astype(inputs.real_dtype)),
     )
     if inputs.initial_state is None:
-        h = vary_like(jnp.zeros((batch, groups, state, members), inputs.state_dtype), inputs.x)
+        h = vary_like(jnp.zeros((batch * groups, state, members), inputs.state_dtype), inputs.x)
     else:
-        h = jnp.swapaxes(inputs.initial_state.reshape(batch, groups, members, state), 2, 3)
+        h = jnp.swapaxes(inputs.initial_state.reshape(batch * groups, members, state), 1, 2)
 
     solve = _solve_sequentially if backend() == "cpu" else _solve_associatively
     chunk_sizes = _CHUNK_SIZES.get(backend(), _DEFAULT_CHUNK_SIZES)
@@ -93,7 +96,7 @@ def selective_scan(inputs: Inputs, *, delta_softplus: bool) -> tuple[jax.Array, 
     h, y = _scan_chunks(chunk, h, tokens, chunk_sizes)
 
     y = jnp.moveaxis(y.reshape(-1, batch, channels), 0, 1)
-    return y, jnp.swapaxes(h, 2, 3).reshape(batch, channels, state)
+    return y, jnp.swapaxes(h, 1, 2).reshape(batch, channels, state)
 
 
 def _scan_chunks(
@@ -169,10 +172,10 @@ def _solve_associatively(
 
 
 def _discretise(x, delta, A, B, starts) -> tuple[jax.Array, jax.Array]:
-    """Returns what the state is multiplied by and what is added to it, (..., batch, groups, state, members)."""
+    """Returns what the state is multiplied by and what is added to it, (..., rows, state, members)."""
     decay = jnp.exp(delta[..., None, :] * A)
     if starts is not None:
-        decay = jnp.where(starts[..., None, None, None], 0, decay)
+        decay = jnp.where(starts[..., None, None], 0, decay)
     return decay, _einsum("...d,...n->...nd", delta * x, B.astype(A.dtype))
 
 
