@@ -93,7 +93,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: 'cosine' to the final rate, 'wsd' (stable, then a linear decay at the end), or 'constant'."""
     warmup_steps: int = 100
-    """Steps of linear warm-up from zero."""
+    """Steps of linear warm-up from zero; a run of fewer steps stays in it."""
     decay_fraction: float = 0.2
     """Share of the run that the 'wsd' schedule spends decaying, at its end."""
     final_learning_rate_ratio: float = 0.1
@@ -206,10 +206,4 @@ class Experiment:
             "Data.sequence_length",
             data.sequence_length,
             f"a multiple of Mesh.sequence ({mesh.sequence})",
-        )
-        _require(
-            self.optimizer.warmup_steps <= train.steps,
-            "Optimizer.warmup_steps",
-            self.optimizer.warmup_steps,
-            f"at most Train.steps ({train.steps})",
         )

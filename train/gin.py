@@ -64,6 +64,8 @@ def load(gin_files: Sequence[str], bindings: Sequence[str]) -> Experiment:
                 reader.read_option(binding)
             reader.check_macros()
             return _Builder(reader.places).experiment()
+        except RecursionError:
+            raise ConfigError("a macro refers to itself, by way of others or at once.") from None
         finally:
             gin.clear_config()
 

@@ -151,6 +151,19 @@ def test_scopes_tell_layers_of_one_kind_apart():
     assert model.layers == {"M": Mamba1Config(expand=3), "L": Mamba1Config(expand=3, state_size=64)}
 
 
+def test_macros_stand_for_values_and_for_layers():
+    model = gin.load(
+        [], ["size=32", "layer=@Mamba1()", "Mamba1.state_size=%size", "LanguageModel.layers={'M': %layer}"]
+    )
+    assert model.model.layers == {"M": Mamba1Config(state_size=32)}
+    assert "a macro refers to itself" in refusal(["a=%b", "b=%a", "Train.steps=%a"])
+
+
+def test_a_preset_takes_any_number_of_steps():
+    """A few steps are the first thing anybody tries."""
+    assert gin.load(["configs/quickstart.gin"], ["Train.steps=1"]).train.steps == 1
+
+
 def test_layers_that_the_pattern_does_not_use_are_dropped():
     layers = "LanguageModel.layers={'M': @Mamba1(), 'L': @long/Mamba1()}"
     assert gin.load([], [layers]).model.layers == {"M": Mamba1Config()}
