@@ -323,6 +323,8 @@ def _words(array: jax.Array) -> jax.Array:
         array = jax.random.key_data(array)
     if array.dtype == bool:
         return array
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag])
     return jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}"))
 
 

@@ -56,6 +56,7 @@ class State:
     ema: Model | None
     key: jax.Array
     skipped: jax.Array
+    poles: jax.Array
 
 
 def make_state(seed: int, width: int = 8) -> State:
@@ -67,6 +68,7 @@ def make_state(seed: int, width: int = 8) -> State:
         ema=Model(seed + 1, width),
         key=jax.random.key(seed),
         skipped=jnp.asarray(True),
+        poles=jax.lax.complex(jnp.arange(3.0), jnp.full(3, seed, jnp.float32)),
     )
 
 

@@ -53,6 +53,7 @@ def trained(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_every_command_works_on_a_corpus_of_one_s_own(run, tmp_path):
     text = "".join(f"It was line {number} of a book that nobody read.\n" for number in range(400))
     (tmp_path / "book.txt").write_text(text)
