@@ -72,13 +72,13 @@ def causal_conv1d(
 
 
 def causal_conv1d_step(
-    state: Float[Array, "batch width-1 channels"],
+    state: Float[Array, "batch past channels"],
     x: Float[Array, "batch channels"],
     weight: Float[Array, "width channels"],
     bias: Float[Array, " channels"] | None = None,
     *,
     activation: str | None = None,
-) -> tuple[Float[Array, "batch channels"], Float[Array, "batch width-1 channels"]]:
+) -> tuple[Float[Array, "batch channels"], Float[Array, "batch past channels"]]:
     """Runs ``causal_conv1d`` for one token: its arguments without the length.
 
     Args:

@@ -1,0 +1,155 @@
+"""Operators on arrays sharded over batch, length and channels equal those on one device, gradients included."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from pallas_kernels.selective_scan import selective_scan, selective_scan_step
+
+SPECS = {
+    "batch": P("data", None, None),
+    "channels": P(None, None, "tensor"),
+    "length": P(None, "sequence", None),
+    "length over two axes": P(None, ("data", "sequence"), None),
+    "everything": P("data", "sequence", "tensor"),
+}
+
+
+@pytest.fixture
+def mesh():
+    if len(jax.devices()) < 8:
+        pytest.skip(f"needs 8 devices, JAX sees {len(jax.devices())}")
+    return jax.make_mesh((2, 2, 2), ("data", "tensor", "sequence"), axis_types=(AxisType.Explicit,) * 3)
+
+
+def replicated(array):
+    return array if jax.typeof(array).sharding.mesh.empty else jax.sharding.reshard(array, P())
+
+
+def outputs_and_gradients(operator, inputs, segment_ids):
+    """All outputs of an operator, and the gradients of a loss that weighs each of their elements differently."""
+
+    def loss(inputs):
+        outputs = operator(inputs, segment_ids)
+        total = 0.0
+        for output in outputs:
+            output = replicated(output)
+            weights = jnp.sin(1.0 + jnp.arange(output.size)).reshape(output.shape)
+            total = total + jnp.sum(weights * output)
+        return total, outputs
+
+    return jax.jit(jax.grad(loss, has_aux=True))(inputs)
+
+
+def assert_sharding_changes_nothing(operator, inputs, segment_ids, spec, mesh):
+    """Shards x only; the operator has to bring everything else into place."""
+    expected = outputs_and_gradients(operator, inputs, segment_ids)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(inputs, P()) | {"x": jax.device_put(inputs["x"], spec)}
+        actual = outputs_and_gradients(operator, placed, jax.device_put(segment_ids, P()))
+    _, (y, _) = actual
+    assert jax.typeof(y).sharding.spec == spec
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
+
+
+def random(*shape):
+    return jnp.asarray(np.random.default_rng().normal(size=shape), jnp.float32)
+
+
+def documents(length):
+    """Segment ids of two rows: documents that begin and end inside the shards, at their borders, and span them."""
+    return jnp.asarray([[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 2, 3]], jnp.int32)[:, :length]
+
+
+def scan_inputs(groups):
+    return {
+        "x": random(2, 8, 4),
+        "delta": random(2, 8, 4),
+        "A": -jnp.exp(random(4, 3)),
+        "B": random(2, 8, groups, 3),
+        "C": random(2, 8, groups, 3),
+        "D": random(4),
+        "z": random(2, 8, 4),
+        "delta_bias": random(4),
+        "initial_state": random(2, 4, 3),
+    }
+
+
+def scan(inputs, segment_ids):
+    return selective_scan(**inputs, delta_softplus=True, segment_ids=segment_ids, return_final_state=True)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_selective_scan(spec, mesh):
+    assert_sharding_changes_nothing(scan, scan_inputs(groups=1), documents(8), spec, mesh)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_selective_scan_with_groups_and_one_document(groups, mesh):
+    assert_sharding_changes_nothing(scan, scan_inputs(groups), None, SPECS["everything"], mesh)
+
+
+def test_selective_scan_whose_groups_several_shards_need(mesh):
+    spec = P(None, None, ("data", "tensor"))
+    assert_sharding_changes_nothing(scan, scan_inputs(groups=2), None, spec, mesh)
+
+
+def test_groups_that_do_not_fit_the_shards_are_a_mistake(mesh):
+    B = random(2, 8, 3, 2)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(random(2, 8, 6), P(None, None, "tensor"))
+        with pytest.raises(ValueError, match="channels are sharded over 2 devices, but B has 3 groups"):
+            selective_scan(x, x, -jnp.ones((6, 2)), B, B)
+
+
+def conv_inputs(length, width):
+    return {
+        "x": random(2, length, 4),
+        "weight": random(width, 4),
+        "bias": random(4),
+        "initial_state": random(2, width - 1, 4),
+    }
+
+
+def convolve(inputs, segment_ids):
+    return causal_conv1d(**inputs, activation="silu", segment_ids=segment_ids, return_final_state=True)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_causal_conv1d(spec, mesh):
+    assert_sharding_changes_nothing(convolve, conv_inputs(8, 4), documents(8), spec, mesh)
+
+
+@pytest.mark.parametrize("segment_ids", [None, documents(4)], ids=["one document", "packed"])
+def test_causal_conv1d_wider_than_two_shards(segment_ids, mesh):
+    spec = SPECS["length over two axes"]
+    assert_sharding_changes_nothing(convolve, conv_inputs(4, 4), segment_ids, spec, mesh)
+
+
+def test_steps_keep_the_sharding_of_the_token(mesh):
+    spec = P("data", "tensor")
+    x, delta, B = random(2, 4), random(2, 4), random(2, 3)
+    increment = delta[..., None] * x[..., None] * B[:, None]
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, spec)
+        y, state = selective_scan_step(jnp.zeros((2, 4, 3)), placed, delta, -jnp.ones((4, 3)), B, B)
+        filtered, _ = causal_conv1d_step(jnp.zeros((2, 1, 4)), placed, jnp.ones((2, 4)))
+    assert jax.typeof(y).sharding.spec == jax.typeof(filtered).sharding.spec == spec
+    assert jax.typeof(state).sharding.spec == P("data", "tensor", None)
+    np.testing.assert_allclose(state, increment, rtol=1e-5)
+    np.testing.assert_allclose(filtered, x, rtol=1e-6)
+
+
+def test_a_mesh_without_explicit_axes_changes_nothing():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    inputs = scan_inputs(groups=1)
+    expected = scan(inputs, None)
+    with jax.set_mesh(mesh):
+        actual = jax.jit(lambda inputs: scan(inputs, None))(inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
