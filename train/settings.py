@@ -124,7 +124,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     """
     try:
         return _convert(value, hint)
-    except TypeError:
+    except (TypeError, ValueError):
         nearest = did_you_mean(value, literal_words(hint)) if isinstance(value, str) else ""
         given = "" if value is None else f" (a {type(value).__name__})"
         raise ConfigError(

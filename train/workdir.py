@@ -81,7 +81,9 @@ def _check_owner(workdir: Path, experiment: Experiment) -> None:
 def _read(workdir: Path) -> Experiment:
     try:
         return from_json(json.loads((workdir / CONFIG).read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:  # no JSON, or none that was written here
         raise UserError(
             f"{workdir / CONFIG} is damaged ({error}). Give another --workdir, or --overwrite to delete this run."
         ) from None

@@ -371,6 +371,14 @@ def test_only_runs_are_overwritten(tmp_path):
     open_run(tmp_path, DEFAULT).close()  # other files in the way of nothing do no harm
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"Train": 3}', '{"LanguageModel": {"layers": {"M": 3}}}'])
+def test_a_workdir_with_a_damaged_config_is_refused(save, content):
+    workdir = save(1)
+    (workdir / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        open_run(workdir, DEFAULT)
+
+
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):

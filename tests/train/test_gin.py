@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Mapping
 
 import hypothesis
 import pytest
@@ -136,6 +137,38 @@ def test_nothing_stays_bound_between_loads():
 def test_a_binding_sets_a_value_of_the_fields_type(binding, read, value):
     found = read(gin.load([], [binding]))
     assert (type(found), found) == (type(value), value)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "converted"),
+    [
+        ([0, 1], tuple[float, float], (0.0, 1.0)),
+        ([1, 2, 3], tuple[int, ...], (1, 2, 3)),
+        ((), tuple[int, ...], ()),
+        ({"a": [1]}, Mapping[str, tuple[float, ...]], {"a": (1.0,)}),
+        (1, int | float, 1),
+        (1.5, int | float | None, 1.5),
+    ],
+)
+def test_values_become_what_the_annotation_means(value, hint, converted):
+    found = settings.convert("Some.setting", value, hint)
+    assert found == converted
+    assert repr(found) == repr(converted)  # 1 == 1.0, but is not the same
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "accepted"),
+    [
+        ([0, 1, 2], tuple[float, float], "tuple[float, float]"),
+        ([1, "2"], tuple[int, ...], "tuple[int, ...]"),
+        (True, int | None, "int | None"),
+        ({1: 2}, Mapping[str, int], "{str: int}"),
+    ],
+)
+def test_values_of_another_type_are_refused_with_what_is_accepted(value, hint, accepted):
+    with pytest.raises(ConfigError) as caught:
+        settings.convert("Some.setting", value, hint)
+    assert str(caught.value).endswith(f"cannot be used: it takes {accepted}.")
 
 
 def test_scopes_tell_layers_of_one_kind_apart():
