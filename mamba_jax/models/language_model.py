@@ -27,8 +27,8 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
-    vocab_size: int = 264
-    """Rows of the embedding; at least the tokenizer's vocabulary (257 for bytes), best a multiple of 8."""
+    vocab_size: int = 256
+    """Rows of the embedding; at least the tokenizer's vocabulary (256 for bytes), best a multiple of 8."""
     width: int = 256
     """Channels of the residual stream."""
     pattern: str = "M"

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +46,12 @@ def with_optimizer(**changes) -> Experiment:
     return dataclasses.replace(EXPERIMENT, optimizer=dataclasses.replace(EXPERIMENT.optimizer, **changes))
 
 
+compiled_train_step = functools.cache(make_train_step)
+
+
 def run(experiment=EXPERIMENT, steps=3, state=None, batches=None):
     state = init_state(experiment) if state is None else state
-    train_step = make_train_step(experiment)
+    train_step = compiled_train_step(experiment)
     metrics = []
     for step in range(steps):
         state, step_metrics = train_step(state, batches[step] if batches else make_batch(step))
@@ -62,7 +66,7 @@ def assert_models_close(a, b, rtol=1e-4, atol=1e-5):
 
 def test_the_first_update_is_adamw_on_the_mean_loss():
     state = init_state(EXPERIMENT)
-    batch = make_batch()
+    batch = jax.tree.map(jnp.asarray, make_batch())
 
     def mean_loss(model):
         logits, _ = model(batch["tokens"], segment_ids=batch["segment_ids"])
@@ -81,7 +85,7 @@ def test_the_first_update_is_adamw_on_the_mean_loss():
 
     expected = jax.tree.map(adamw_from_rest, state.model, gradients, decayed(state.model))
     gradients = jax.device_get(gradients)
-    new_state, metrics = make_train_step(EXPERIMENT)(init_state(EXPERIMENT), batch)
+    new_state, metrics = compiled_train_step(EXPERIMENT)(init_state(EXPERIMENT), batch)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
     for new, value, gradient in zip(*map(jax.tree.leaves, (new_state.model, expected, gradients)), strict=True):
@@ -113,12 +117,10 @@ def test_accumulating_gradients_equals_one_big_batch(parts):
     ],
     ids=lambda mesh: "-".join(f"{name}{size}" for name, size in dataclasses.asdict(mesh).items() if size > 1),
 )
-@pytest.mark.parametrize("parts", [1, 2])
-def test_sharded_training_equals_unsharded(mesh, parts):
-    if mesh.data == 8 and parts == 2:
-        pytest.skip("a batch of 8 has no two parts for 8 devices")
-    experiment = with_train(gradient_accumulation=parts)
-    expected, expected_metrics = run(experiment)
+def test_sharded_training_equals_unsharded(mesh):
+    # The parts of a batch lie across the devices too: with both, each device must find its own rows.
+    experiment = with_train(gradient_accumulation=2) if mesh.replica > 1 else EXPERIMENT
+    expected, expected_metrics = run()
     devices = jax.devices()[: np.prod(list(dataclasses.asdict(mesh).values()))]
     with jax.set_mesh(made := make_mesh(mesh, devices)):
         state = jax.jit(lambda: init_state(experiment))()

@@ -157,15 +157,14 @@ def test_the_residual_stream_may_stay_in_float32():
     assert error(True) < error(False) < 0.1
 
 
-def test_flops_count_two_for_each_weight_and_token():
-    model = build()
-    matrices = sum(
-        leaf.size
-        for path, leaf in jax.tree.leaves_with_path(model)
-        if "proj" in jax.tree_util.keystr(path) or "embedding" in jax.tree_util.keystr(path)
-    )
-    assert 2 * matrices * 50 < model.flops(50) < 2.6 * matrices * 50
-    assert jax.eval_shape(build).flops(50) == model.flops(50)
+def test_flops_count_two_for_each_weight_and_token_and_little_more():
+    # At this size the scan and the convolution are a few percent of the matrix products.
+    model = jax.eval_shape(lambda: preset("mamba_130m").build(nnx.Rngs(0)))
+    assert 2 * 129_135_360 * 2048 < model.flops(2048) < 1.1 * 2 * 129_135_360 * 2048
+
+
+def test_flops_are_the_same_of_a_model_and_of_its_shapes():
+    assert build().flops(50) == jax.eval_shape(build).flops(50)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +177,7 @@ def test_flops_count_two_for_each_weight_and_token():
         ({"remat": "some"}, r"LanguageModel\.remat = 'some'.*none, dots, full"),
     ],
 )
+@pytest.mark.usefixtures("no_shape_checks")
 def test_settings_that_cannot_be_used_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
