@@ -8,9 +8,10 @@ Inside the smallest chunks the recurrence is solved in one of two ways:
 - on a CPU one token after the other, unrolled, so that a token's decays are computed, used and forgotten in cache;
 - elsewhere by ``jax.lax.associative_scan``, whose few large operations keep a parallel machine busy.
 
-Milliseconds of two cores (Xeon, AVX-512) at batch 8, length 512, 512 channels, state 16, float32, forward and then
-forward plus backward: token after token in chunks of 64 and 8, 13 and 90; without the unrolling, 20 and 110;
-associative scans over chunks of 16, 45 and 300, of 64, 80 and 450.
+At batch 8, length 512, 512 channels, state 16 in float32, a forward pass, and a forward and a backward pass, took this
+many milliseconds of processor time (Xeon with AVX-512, spread over two cores, jax 0.12.0): token after token in chunks
+of 64 and 4, 33 and 214; not unrolled, 33 and 269; by associative scans over chunks of 16, 165 and 841. Chunks of 8
+inside those of 64 were no faster than of 4, and compiled for twice as long.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from pallas_kernels.selective_scan import selective_scan, selective_scan_step
+from pallas_kernels.sharding import map_shards
 
 SPECS = {
     "batch": P("data", None, None),
@@ -144,6 +147,37 @@ def test_steps_keep_the_sharding_of_the_token(mesh):
     assert jax.typeof(state).sharding.spec == P("data", "tensor", None)
     np.testing.assert_allclose(state, increment, rtol=1e-5)
     np.testing.assert_allclose(filtered, x, rtol=1e-6)
+
+
+class Scaled(NamedTuple):
+    x: jax.Array
+    scale: jax.Array
+
+
+@jax.custom_vjp
+def kernel(inputs):
+    return inputs.x * inputs.scale
+
+
+kernel.defvjp(
+    lambda inputs: (kernel(inputs), inputs),
+    lambda inputs, dy: (Scaled(dy * inputs.scale, jnp.sum(dy * inputs.x, axis=(0, 1))),),
+)
+
+
+def test_gradients_of_what_devices_share_are_summed_over_them(mesh):
+    inputs = Scaled(random(2, 8, 4), random(4))
+
+    def energy(inputs):
+        dims = {"x": ("batch", "length", "channels"), "scale": ("channels",)}
+        (y,) = map_shards(lambda inputs, _: (kernel(inputs),), inputs, dims, (dims["x"],))
+        return jnp.sum(y**2)
+
+    with jax.set_mesh(mesh):
+        placed = Scaled(jax.device_put(inputs.x, P("data", "sequence", "tensor")), jax.device_put(inputs.scale, P()))
+        gradient = jax.grad(energy)(placed)
+    np.testing.assert_allclose(gradient.scale, 2 * inputs.scale * jnp.sum(inputs.x**2, axis=(0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(gradient.x, 2 * inputs.scale**2 * inputs.x, rtol=1e-5)
 
 
 def test_a_mesh_without_explicit_axes_changes_nothing():
