@@ -57,17 +57,18 @@ def _convolve_backward(silu: bool, arrays: Arrays, cotangents: tuple[Any, Any]) 
         dy = jnp.zeros_like(arrays["x"])
     results = _backward(silu)(arrays | {"dy": dy})
     parameters = jnp.sum(results.pop("parameters"), axis=(0, 1))
+    width = arrays["weight"].shape[0]
     gradients: dict[str, Any] = dict.fromkeys(arrays) | results
-    gradients["weight"] = parameters[:-1].astype(arrays["weight"].dtype)
+    gradients["weight"] = parameters[:width].astype(arrays["weight"].dtype)
     if "bias" in arrays:
-        gradients["bias"] = parameters[-1].astype(arrays["bias"].dtype)
+        gradients["bias"] = parameters[width].astype(arrays["bias"].dtype)
     if not isinstance(dfinal_state, SymbolicZero):
         tail = _tail(arrays)
         _, transpose = jax.vjp(lambda x: _final_state(tail | x), {name: tail[name] for name in results})
         (more,) = transpose(dfinal_state)
         first = arrays["x"].shape[1] - tail["x"].shape[1]
         gradients["x"] = gradients["x"].at[:, first:].add(more["x"])
-        if "initial_state" in arrays:
+        if "initial_state" in results:
             gradients["initial_state"] += more["initial_state"]
     return (gradients,)
 
@@ -99,7 +100,7 @@ def _forward(silu: bool) -> Callable[[Arrays], Arrays]:
 
 @functools.cache
 def _backward(silu: bool) -> Callable[[Arrays], Arrays]:
-    """The backward pass; of the parameters' gradients it returns the terms, (batch, blocks, width + 1, channels)."""
+    """The backward pass; of the parameters' gradients it returns the terms, see ``kernels.backward``."""
 
     def run(arrays: Arrays) -> Arrays:
         p, padded = _prepare(arrays, silu, geometry.backward)

@@ -20,6 +20,7 @@ from jax import lax
 from pallas_kernels.causal_conv1d.mosaic_gpu.geometry import Geometry
 from pallas_kernels.mosaic_gpu_compat import WARPS, plgpu, store
 from pallas_kernels.selective_scan.mosaic_gpu.elementwise import sigmoid
+from pallas_kernels.sharding import vary_like
 
 Refs = Mapping[str, Any]
 Rows = tuple[jax.Array, ...]
@@ -56,6 +57,7 @@ class Carry(NamedTuple):
     """Their gradients so far."""
     dweight: Rows
     dbias: Rows
+    """One array, or none where there is no bias."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,8 @@ class Problem:
             compiler_params=_COMPILER_PARAMS,
         )
         with jax.enable_x64(False):  # Python's numbers are 32 bits wide in a kernel, whatever the caller's are.
-            return dict(zip(outputs, kernel(*inputs.values()), strict=True))
+            results = kernel(*inputs.values())
+        return {name: vary_like(array, inputs["x"]) for name, array in zip(outputs, results, strict=True)}
 
 
 def reaches(p: Problem, starts: jax.Array) -> jax.Array:
@@ -194,14 +197,17 @@ def backward(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array
 
     Returns:
         "x" and, where there is an initial state, "initial_state", like these. "parameters", (batch, token blocks,
-        width + 1, padded channels) float32, the terms of the gradients of weight and bias, to be summed outside.
+        width, padded channels) float32, the terms of the gradients of weight, and after it of bias if there is one, to be
+        summed outside.
     """
     g = p.geometry
     x = inputs["x"]
     streamed = [name for name in ("x", "dy", "reach") if name in inputs]
+    num_biases = 1 if "bias" in inputs else 0
+    parameters = (p.batch, p.token_blocks, p.width + num_biases, p.padded_channels)
     outputs = {
         "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
-        "dparameters": jax.ShapeDtypeStruct((p.batch, p.token_blocks, p.width + 1, p.padded_channels), jnp.float32),
+        "dparameters": jax.ShapeDtypeStruct(parameters, jnp.float32),
     }
     scratch = _buffers(p, streamed, x.dtype) | {"totals": plgpu.SMEM(g.row_shape, jnp.float32)}
     if p.history:
@@ -225,7 +231,7 @@ def backward(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array
                 gate = sigmoid(y)
                 d = dy * (gate + gate * (y - y * gate))
             dweight = tuple(total + d * tap for total, tap in zip(carry.dweight, seen, strict=True))
-            dbias = (carry.dbias[0] + d,)
+            dbias = tuple(total + d for total in carry.dbias)
             zero = jnp.zeros_like(d)
             dx = [
                 total + w * d_k
@@ -250,7 +256,7 @@ def backward(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array
             return carry
 
         zeros = _zeros(g)
-        carry = Carry((), (), (zeros,) * p.width, (zeros,))
+        carry = Carry((), (), (zeros,) * p.width, (zeros,) * num_biases)
         if p.history:
             carry = _walk_head(p, gmem, smem, block, step, carry)
         carry = _stream(p, gmem, smem, streamed, block, chunk, carry, lead=p.history)
