@@ -114,9 +114,20 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from jax.errors import JaxRuntimeError
+
     from train import gin, loop
 
-    loop.run(gin.load(options.gin_file, options.bindings), options.workdir, overwrite=options.overwrite)
+    experiment = gin.load(options.gin_file, options.bindings)
+    try:
+        loop.run(experiment, options.workdir, overwrite=options.overwrite)
+    except JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        raise UserError(
+            "the devices have too little memory for this run: raise Train.gradient_accumulation, lower "
+            "Data.global_batch_size, set LanguageModel.remat to 'full', or shard the model with Mesh.fsdp."
+        ) from error
 
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from train import cli, generate, loop
@@ -146,6 +148,15 @@ def test_a_checkpoint_of_another_run_is_not_overwritten_unasked(run, tmp_path, m
 
     monkeypatch.setattr(loop, "run", refuse)
     assert run("train", "--workdir", tmp_path) == (1, "", "mamba-jax: error: the run has another config\n")
+
+
+def test_a_run_that_needs_too_much_memory_says_what_to_do(run, tmp_path, monkeypatch):
+    """A real allocation, of 4 EiB."""
+    monkeypatch.setattr(loop, "run", lambda *_, **__: jax.block_until_ready(jnp.zeros((2**30, 2**30), jnp.float32)))
+    status, _, err = run("train", "--workdir", tmp_path)
+    assert status == 1
+    assert "raise Train.gradient_accumulation" in err
+    assert "Traceback" not in err
 
 
 def test_an_interrupt_says_how_to_go_on(run, tmp_path, monkeypatch):
