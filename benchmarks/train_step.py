@@ -21,7 +21,7 @@ from flax import nnx
 from mamba_jax.generation import Sampling, generate
 from mamba_jax.models.presets import preset
 from train.config import DataConfig, Experiment, OptimizerConfig, TrainConfig
-from train.metrics import peak_flops
+from train.metrics import peak_flops_per_second
 from train.step import init_state, make_train_step
 
 
@@ -54,7 +54,7 @@ def time_training(name: str, batch_size: int, length: int, remat: str, steps: in
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times)
     flops = 3 * batch_size * state.model.flops(length)
-    peak = peak_flops(jax.devices()[0])
+    peak = peak_flops_per_second(jax.devices()[0].device_kind)
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "model": name,

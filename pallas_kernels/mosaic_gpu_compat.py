@@ -12,7 +12,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 
-__all__ = ["LANES", "WARPS", "plgpu", "register_tile", "store"]
+__all__ = ["LANES", "WARPS", "plgpu", "register_tile", "store", "synchronize"]
 
 WARPS = 4
 """Warps of a warpgroup, which is what Pallas calls a thread on this backend."""
@@ -46,6 +46,15 @@ def store(ref: Any, value: jax.Array) -> None:
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
+
+
+def synchronize() -> None:
+    """Waits until all warps of the warpgroup are here and see what each other wrote to shared memory.
+
+    ``plgpu.commit_smem`` does this too, but it also fences off bulk copies, which takes its time and is only needed
+    where such a copy follows. Waiting for copies out, of which there are none in flight, leaves the bare barrier.
+    """
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def missing_hardware() -> str | None:

@@ -82,7 +82,7 @@ def _forward(delta_softplus: bool, save_states: bool) -> Any:
         if p.num_parts > 1:
             padded |= parts.summarize(p, padded, reverse=False)
         results = forward.scan(p, padded, save_states=save_states)
-        _, length, channels = arrays["x"].shape
+        channels = arrays["x"].shape[2]
         trimmed = {
             "y": _trim_channels(results["y"], channels, p),
             "final_state": _from_tiles(results["final_state"], arrays["A"], p),

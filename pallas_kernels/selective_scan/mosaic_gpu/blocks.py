@@ -19,6 +19,8 @@ Refs = Mapping[str, Any]
 State = tuple[jax.Array, ...]
 """The states of a block's channels in registers, one array a register tile."""
 
+_PER_CHANNEL = ("D", "delta_bias")
+
 KEEP_LANES = 32
 """Numbers a chunk in "keep": at least the steps of a chunk, and enough bytes for a bulk copy."""
 
@@ -53,8 +55,6 @@ class Problem:
     delta_softplus: bool
     num_parts: int
     """Pieces that the length is cut into, which run at the same time."""
-    unroll: int = 2
-    """Steps whose operands are loaded before the first of them is computed."""
 
     @property
     def chunks_per_part(self) -> int:
@@ -64,6 +64,21 @@ class Problem:
     @property
     def num_chunks(self) -> int:
         return self.num_parts * self.chunks_per_part
+
+    @property
+    def stored_length(self) -> int:
+        """Length of outputs that leave a block as a contiguous piece, and so are not cut off at the sequence's end."""
+        return self.num_chunks * self.geometry.steps
+
+    def token_type(self, like: jax.Array) -> jax.ShapeDtypeStruct:
+        """Type of an output of tokens; ``trim`` removes what it has too much."""
+        contiguous = self.channels == self.geometry.channels
+        length = self.stored_length if contiguous else self.length
+        return jax.ShapeDtypeStruct((self.batch, length, self.channels), like.dtype)
+
+    def trim(self, array: jax.Array) -> jax.Array:
+        """Removes what an output, (batch, length, …), has beyond the sequence's end."""
+        return array[:, : self.length]
 
     @property
     def blocks_per_group(self) -> int:
@@ -123,11 +138,23 @@ class Problem:
             "B": (self.geometry.steps, lanes, states),
             "C": (self.geometry.steps, lanes, states),
             "keep": (KEEP_LANES,),
-            "states": (lanes, self.geometry.channels, states),
         }
         token = (self.geometry.steps, self.geometry.channels)
         slots = {name: plgpu.SMEM((self.stages, *shapes.get(name, token)), inputs[name].dtype) for name in streamed}
-        return slots | {"barrier": plgpu.Barrier(num_arrivals=len(streamed), num_barriers=self.stages)}
+        parameters = {
+            name: plgpu.SMEM((self.geometry.channels,), jnp.float32) for name in _PER_CHANNEL if name in inputs
+        }
+        return slots | parameters | {"barrier": plgpu.Barrier(num_arrivals=len(streamed), num_barriers=self.stages)}
+
+    def load_parameters(self, gmem: Refs, smem: Refs, block: Block) -> None:
+        """Copies what each token tile needs of every channel; visible to all warps after the next barrier."""
+        g = self.geometry
+        for name in _PER_CHANNEL:
+            if name in smem:
+                for channels in g.token_tiles():
+                    source = gmem[name].at[pl.ds(block.index * g.channels + channels.start, g.token_channels)]
+                    row = plgpu.load(source, layout=g.token_channel_layout, optimized=False)
+                    store(smem[name].at[channels], row)
 
     def stream(
         self,
@@ -162,7 +189,6 @@ class Problem:
                 "B": lambda ref: ref.at[block.batch, self.rows(index(i)), block.group],
                 "C": lambda ref: ref.at[block.batch, self.rows(index(i)), block.group],
                 "keep": lambda ref: ref.at[block.batch, index(i)],
-                "states": lambda ref: ref.at[block.batch, index(i), :, block.channels],
             }
             for name in streamed:
                 token = lambda ref: ref.at[block.batch, self.rows(index(i)), block.channels]  # noqa: E731
@@ -174,7 +200,7 @@ class Problem:
 
         def step(i: Any, carry: Any) -> Any:
             slot = lax.rem(i, self.stages)
-            # Copies out of the last chunk's slot must have ended, and all warps have read it, before it is filled again.
+            # Before the last chunk's slot is filled again, copies out of it must have ended and all warps have read it.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if count > self.stages:
 
@@ -189,20 +215,14 @@ class Problem:
         plgpu.wait_smem_to_gmem(0)
         return carry
 
-    def step_sizes(self, gmem: Refs, refs: Refs, block: Block, chunk: Any, channels: slice) -> jax.Array:
+    def step_sizes(self, smem: Refs, refs: Refs, chunk: Any, channels: slice) -> jax.Array:
         """delta' of a token tile, zero after the end of the sequence so that the state stays as it is."""
-        g = self.geometry
-        step_size = self.biased_delta(gmem, refs, block, channels)
+        step_size = load_token(self.geometry, refs["delta"], channels)
+        if "delta_bias" in smem:
+            step_size = step_size + per_channel(self.geometry, smem["delta_bias"], channels)
         if self.delta_softplus:
             step_size = softplus(step_size, data_dtype=jnp.dtype(refs["delta"].dtype))
         return self.mask(step_size, chunk)
-
-    def biased_delta(self, gmem: Refs, refs: Refs, block: Block, channels: slice) -> jax.Array:
-        """delta + delta_bias of a token tile."""
-        delta = load_token(self.geometry, refs["delta"], channels)
-        if "delta_bias" in gmem:
-            delta = delta + per_channel(self.geometry, gmem["delta_bias"], block, channels)
-        return delta
 
     def mask(self, token: jax.Array, chunk: Any) -> jax.Array:
         """Zeros a token tile after the end of the sequence."""
@@ -213,10 +233,9 @@ class Problem:
         return jnp.where(row < self.length - chunk * self.geometry.steps, token, 0.0)
 
 
-def per_channel(g: Geometry, ref: Any, block: Block, channels: slice) -> jax.Array:
+def per_channel(g: Geometry, ref: Any, channels: slice) -> jax.Array:
     """Loads one number a channel of a token tile, repeated for every step."""
-    first = block.index * g.channels + channels.start
-    row = plgpu.load(ref.at[pl.ds(first, g.token_channels)], layout=g.token_channel_layout, optimized=False)
+    row = plgpu.load(ref.at[channels], layout=g.token_channel_layout, optimized=False)
     return spread(row, (g.steps, g.token_channels), (1,), g.token_layout)
 
 

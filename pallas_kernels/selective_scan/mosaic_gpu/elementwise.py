@@ -41,3 +41,10 @@ def sigmoid(v: jax.Array) -> jax.Array:
     """1 / (1 + exp(-v)) in float32."""
     root = jax.lax.rsqrt(1.0 + jnp.exp(-v))
     return root * root
+
+
+def softplus_gradient(softplus_v: jax.Array) -> jax.Array:
+    """sigmoid(v) from softplus(v): 1 - exp(-softplus(v)), by its series where the difference would lose its digits."""
+    s = softplus_v
+    series = s * (1.0 - s * (1 / 2 - s * (1 / 6 - s * (1 / 24))))
+    return jnp.where(s < 0.05, series, 1.0 - jnp.exp(-s))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
 from pallas_kernels.selective_scan.mosaic_gpu.elementwise import sigmoid
@@ -30,7 +31,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
     """
     g = p.geometry
     streamed = [name for name in ("x", "delta", "B", "C", "z", "keep") if name in inputs]
-    outputs: dict[str, Any] = {"y": jax.ShapeDtypeStruct(inputs["x"].shape, inputs["x"].dtype)}
+    outputs: dict[str, Any] = {"y": p.token_type(inputs["x"])}
     outputs["final_state"] = p.state_type()
     if save_states:
         outputs["states"] = p.state_type(p.num_chunks)
@@ -43,22 +44,25 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
     def forward(gmem: Refs, smem: Refs) -> None:
         block = p.block()
         A = blocks.load_state(g, gmem["A"].at[:, block.channels])
+        p.load_parameters(gmem, smem, block)
 
         def chunk(index: Any, refs: Refs, h: State) -> State:
             if save_states:
                 blocks.store_state(g, gmem["states"].at[block.batch, index, :, block.channels], h)
             for channels in g.token_tiles():
-                step_size = p.step_sizes(gmem, refs, block, index, channels)
+                step_size = p.step_sizes(smem, refs, index, channels)
                 store(smem["step_size"].at[:, channels], step_size)
                 store(smem["input"].at[:, channels], step_size * blocks.load_token(g, refs["x"], channels))
-            plgpu.commit_smem()
+            synchronize()
             h = _walk(p, refs, smem, A, h)
-            plgpu.commit_smem()
+            synchronize()
             for channels in g.token_tiles():
-                y = sum(blocks.load_token(g, smem["partial_y"].at[:, lane], channels) for lane in range(g.state_lanes))
-                if "D" in gmem:
-                    D = blocks.per_channel(g, gmem["D"], block, channels)
-                    y = y + D * blocks.load_token(g, refs["x"], channels)
+                y = functools.reduce(
+                    jnp.add,
+                    [blocks.load_token(g, smem["partial_y"].at[:, lane], channels) for lane in range(g.state_lanes)],
+                )
+                if "D" in smem:
+                    y = y + blocks.per_channel(g, smem["D"], channels) * blocks.load_token(g, refs["x"], channels)
                 if "z" in refs:
                     z = blocks.load_token(g, refs["z"], channels)
                     y = y * (z * sigmoid(z))
@@ -73,7 +77,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         def _() -> None:
             blocks.store_state(g, gmem["final_state"].at[block.batch, :, block.channels], h)
 
-    return p.launch(forward, inputs, outputs, scratch)
+    results = p.launch(forward, inputs, outputs, scratch)
+    return results | {"y": p.trim(results["y"])}
 
 
 def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State) -> State:
@@ -87,7 +92,7 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State) -> State:
         return step_size, x, blocks.load_matrix(g, refs["B"], t), blocks.load_matrix(g, refs["C"], t), keep
 
     def steps(i: Any, h: State) -> State:
-        rows = [i * p.unroll + u for u in range(p.unroll)]
+        rows = [i * g.unroll + u for u in range(g.unroll)]
         # Loaded before the first store, past which the compiler would not move them.
         loaded = [operands(t) for t in rows]
         for t, (step_size, x, B, C, keep) in zip(rows, loaded, strict=True):
@@ -96,4 +101,4 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State) -> State:
                 store(smem["partial_y"].at[t, :, channels], jnp.sum(h[tile] * C, axis=2))
         return h
 
-    return lax.fori_loop(0, g.steps // p.unroll, steps, h)
+    return lax.fori_loop(0, g.steps // g.unroll, steps, h)

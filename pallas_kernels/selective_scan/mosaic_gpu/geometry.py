@@ -28,9 +28,13 @@ class Geometry:
     tiles: int
     """Register tiles of a block."""
     steps: int = 16
-    """Steps of a chunk: what is loaded, prepared and stored together."""
+    """Steps of a chunk: what is loaded, prepared and stored together. A state is saved for each."""
+    history_steps: int = 8
+    """Steps whose states the backward kernel holds in shared memory; it walks over a chunk in pieces of these."""
     stages: int = 2
     """Chunks in shared memory at once, one in use and the others on their way."""
+    unroll: int = 2
+    """Steps whose operands are loaded before the first of them is computed."""
 
     @property
     def state_lanes(self) -> int:
@@ -55,8 +59,11 @@ class Geometry:
 
     @property
     def padded_channels(self) -> int:
-        """Pitch of per-lane partial sums, such that the lanes of a warp store theirs to 32 different banks."""
-        return self.channels + LANES // self.state_lanes
+        """Pitch of per-lane partial sums, such that the lanes of a warp store theirs to different banks.
+
+        A multiple of four: matrix stores want rows of 16 aligned bytes.
+        """
+        return self.channels + max(LANES // self.state_lanes, 4)
 
     @functools.cached_property
     def state_layout(self) -> Layout:
@@ -99,7 +106,7 @@ class Geometry:
 
     @functools.cached_property
     def channel_sum_layout(self) -> Layout:
-        """Of (steps, *tile_shape) when it is summed over its channels: a warp a step."""
+        """Of (history_steps, *tile_shape) when it is summed over its channels: a warp a step."""
         lanes, channels, states = self.tile_shape
         tiles = [(WARPS, lanes, channels // WARPS, states), (1, 1, 1, states)]
         return register_tile(tiles, warp_dims=(-8,), lane_dims=(-7, -6), vector_dim=-1)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
 from pallas_kernels.selective_scan.mosaic_gpu.elementwise import sigmoid
@@ -49,12 +49,13 @@ def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> 
         if reverse:
             block = block._replace(part=block.part + 1)
         A = blocks.load_state(g, gmem["A"].at[:, block.channels])
+        p.load_parameters(gmem, smem, block)
 
         def chunk(index: Any, refs: Refs, carry: tuple[State, tuple[jax.Array, ...]]) -> Any:
             state, totals = carry
             new_totals = []
             for channels, total in zip(g.token_tiles(), totals, strict=True):
-                step_size = p.step_sizes(gmem, refs, block, index, channels)
+                step_size = p.step_sizes(smem, refs, index, channels)
                 value = blocks.load_token(g, refs[signal], channels)
                 if "z" in refs:
                     z = blocks.load_token(g, refs["z"], channels)
@@ -62,7 +63,7 @@ def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> 
                 store(smem["step_size"].at[:, channels], step_size)
                 store(smem["signal"].at[:, channels], value if reverse else step_size * value)
                 new_totals.append(total + step_size)
-            plgpu.commit_smem()
+            synchronize()
             return _walk(p, refs, smem, A, state, matrix, reverse), tuple(new_totals)
 
         totals = tuple(blocks.zero_tokens(g) for _ in g.token_tiles())
@@ -78,8 +79,8 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, state: State, matrix: st
     g = p.geometry
 
     def steps(i: Any, state: State) -> State:
-        for u in range(p.unroll):
-            t = i * p.unroll + u
+        for u in range(g.unroll):
+            t = i * g.unroll + u
             t = g.steps - 1 - t if reverse else t
             row = blocks.load_matrix(g, refs[matrix], t)
             keep = refs["keep"][t] if "keep" in refs else None
@@ -91,4 +92,4 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, state: State, matrix: st
             state = tuple(new)
         return state
 
-    return lax.fori_loop(0, g.steps // p.unroll, steps, state)
+    return lax.fori_loop(0, g.steps // g.unroll, steps, state)
