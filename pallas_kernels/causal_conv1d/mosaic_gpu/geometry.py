@@ -13,6 +13,7 @@ Layout = Any
 MAX_WIDTH = 8
 MAX_VECTOR = 8
 _SMS = 132
+_BLOCKS_PER_SM = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,31 +71,17 @@ class Geometry:
         return self.row_layout.reduce((1,))
 
 
-def forward(batch: int, length: int, channels: int, width: int, item_bytes: int) -> Geometry:
-    """Geometry of the forward kernel."""
-    vector = _vector(width, item_bytes)
-    steps, stages = 8, 4
-    chunks = _chunks(batch, length, channels, steps, vector, blocks_per_sm=8)
-    return Geometry(vector, steps, min(stages, chunks), chunks, unroll=4)
+def choose(batch: int, length: int, channels: int) -> Geometry:
+    """Geometry for a problem.
 
-
-def backward(batch: int, length: int, channels: int, width: int, item_bytes: int) -> Geometry:
-    """Geometry of the backward kernel."""
-    vector = _vector(width, item_bytes)
-    steps, stages = 8, 4
-    chunks = _chunks(batch, length, channels, steps, vector, blocks_per_sm=8)
-    return Geometry(vector, steps, min(stages, chunks), chunks, unroll=4)
-
-
-def _vector(width: int, item_bytes: int) -> int:
-    """Channels a lane: 16 bytes, fewer for a long filter, whose memory has to fit the registers."""
-    return min(16 // item_bytes, MAX_VECTOR if width <= 4 else MAX_VECTOR // 2)
-
-
-def _chunks(batch: int, length: int, channels: int, steps: int, vector: int, *, blocks_per_sm: int) -> int:
-    """Chunks a stretch, a power of two: as many as leave enough blocks for the GPU."""
+    All sizes within reason run at the memory's speed where there is enough to do. These keep a block small, so that
+    several share an SM, and take long stretches, since every stretch also needs a few tokens of its neighbours, as long
+    as there remain several blocks for every SM.
+    """
+    vector, steps = 4, 4
     columns = batch * -(-channels // (LANES * vector))
-    chunks = 1
-    while columns * (length // (WARPS * steps * 2 * chunks)) >= blocks_per_sm * _SMS:
+    chunks = 4
+    while columns * (length // (WARPS * steps * 2 * chunks)) >= _BLOCKS_PER_SM * _SMS:
         chunks *= 2
-    return chunks
+    chunks = min(chunks, -(-length // (WARPS * steps)))
+    return Geometry(vector, steps, stages=min(4, chunks), chunks=chunks, unroll=4)

@@ -26,6 +26,9 @@ Refs = Mapping[str, Any]
 Rows = tuple[jax.Array, ...]
 """Arrays in registers, each with one number for every channel of every stretch of the block."""
 
+REACH_LANES = 8
+"""Numbers a step in "reach": at least one a warp, and enough bytes in a chunk for a bulk copy."""
+
 _COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True,
     # A warp reads and writes only its own part of the buffers; what the copies need is fenced by hand, once a chunk.
@@ -135,8 +138,8 @@ def reaches(p: Problem, starts: jax.Array) -> jax.Array:
         starts: (batch, length), marks the first tokens of segments.
 
     Returns:
-        (batch, token blocks, width - 1 + stretch, 4) int32, as the warps of a block meet their tokens: first those
-        before the chunks of the backward walk, then the chunks; a forward walk begins at the first.
+        (batch, token blocks, width - 1 + stretch, REACH_LANES) int32, as the warps of a block meet their tokens, one
+        in each of the first lanes. The backward walk's chunks begin after width - 1 tokens, the forward walk's at once.
     """
     g = p.geometry
     same_segment = jnp.ones(starts.shape, bool)
@@ -146,7 +149,8 @@ def reaches(p: Problem, starts: jax.Array) -> jax.Array:
         reach += same_segment
     first = g.stretch * jnp.arange(p.token_blocks * WARPS).reshape(p.token_blocks, 1, WARPS)
     tokens = first + jnp.arange(p.history + g.stretch)[:, None]
-    return jnp.take(reach, tokens, axis=1, mode="fill", fill_value=0)
+    by_warp = jnp.take(reach, tokens, axis=1, mode="fill", fill_value=0)
+    return jnp.pad(by_warp, ((0, 0), (0, 0), (0, 0), (0, REACH_LANES - WARPS)))
 
 
 def forward(p: Problem, inputs: Mapping[str, jax.Array]) -> jax.Array:
@@ -174,7 +178,7 @@ def forward(p: Problem, inputs: Mapping[str, jax.Array]) -> jax.Array:
             def steps(i: Any, history: Rows) -> Rows:
                 rows = [i * g.unroll + u for u in range(g.unroll)]
                 # Loaded before the first store, past which the compiler would not move them.
-                loaded = [(_load_row(g, refs["x"].at[:, t]), _load_reach(p, refs, t)) for t in rows]
+                loaded = [(_load_row(g, refs["x"].at[:, t]), _load_reach(p, refs, (t,))) for t in rows]
                 for t, (x, reach) in zip(rows, loaded, strict=True):
                     y = _filter(weight, bias, _seen((*history, x), reach))
                     if p.silu:
@@ -197,8 +201,8 @@ def backward(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array
 
     Returns:
         "x" and, where there is an initial state, "initial_state", like these. "parameters", (batch, token blocks,
-        width, padded channels) float32, the terms of the gradients of weight, and after it of bias if there is one, to be
-        summed outside.
+        width, padded channels) float32, the terms of the gradients of weight, and after it of bias if there is one, to
+        be summed outside.
     """
     g = p.geometry
     x = inputs["x"]
@@ -243,7 +247,7 @@ def backward(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array
             def steps(i: Any, carry: Carry) -> Carry:
                 rows = [i * g.unroll + u for u in range(g.unroll)]
                 loaded = [
-                    (_load_row(g, refs["x"].at[:, t]), _load_row(g, refs["dy"].at[:, t]), _load_reach(p, refs, t))
+                    (_load_row(g, refs["x"].at[:, t]), _load_row(g, refs["dy"].at[:, t]), _load_reach(p, refs, (t,)))
                     for t in rows
                 ]
                 for t, token in zip(rows, loaded, strict=True):
@@ -319,7 +323,7 @@ def _buffers(p: Problem, streamed: Sequence[str], dtype: Any) -> dict[str, Any]:
     g = p.geometry
     copies = sum(1 if name == "reach" else WARPS for name in streamed)
     buffers: dict[str, Any] = {
-        name: plgpu.SMEM((g.stages, g.steps, WARPS), jnp.int32)
+        name: plgpu.SMEM((g.stages, g.steps, REACH_LANES), jnp.int32)
         if name == "reach"
         else plgpu.SMEM((g.stages, WARPS, g.steps, g.channels), dtype)
         for name in streamed
@@ -453,10 +457,10 @@ def _load_row(g: Geometry, ref: Any) -> jax.Array:
     return plgpu.load(ref, layout=g.row_layout, optimized=False).astype(jnp.float32)
 
 
-def _load_reach(p: Problem, refs: Refs, step: Any) -> jax.Array | None:
+def _load_reach(p: Problem, refs: Refs, step: tuple[Any, ...]) -> jax.Array | None:
     if "reach" not in refs or not p.history:
         return None
-    reach = plgpu.load(refs["reach"].at[step], layout=p.geometry.stretch_layout, optimized=False)
+    reach = plgpu.load(refs["reach"].at[(*step, slice(WARPS))], layout=p.geometry.stretch_layout, optimized=False)
     return _spread(p.geometry, reach, 0)
 
 
