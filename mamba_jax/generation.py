@@ -211,5 +211,5 @@ def _left_padded(
 
 def _rounded_up(length: int) -> int:
     """The next multiple of an eighth of the next power of two: at most an eighth longer, few different results."""
-    granularity = max(16, 1 << max(length - 1, 1).bit_length() - 3)
+    granularity = max(16, (1 << (length - 1).bit_length()) // 8)
     return -(-length // granularity) * granularity

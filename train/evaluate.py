@@ -48,7 +48,7 @@ def evaluate(
     return {"eval_loss": nll / weight, "eval_bits_per_byte": tokens.bits_per_byte(nll, weight)}
 
 
-def run(checkpoint: Path, *, output: Path | None = None) -> dict[str, float]:
+def run(checkpoint: Path, *, output: Path | None = None) -> dict[str, int | float]:
     """Evaluates a checkpoint on the whole held-out split of the data it was trained on, and prints the result.
 
     Args:

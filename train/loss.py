@@ -132,7 +132,7 @@ def _local(hidden, output_weight, targets, weights, *, z_loss, chunk_size, with_
     )
     (sums, d_output_weight), d_hidden = jax.lax.scan(one_chunk, start, by_chunk)
     sums = jax.tree.map(lambda x: _sum_over(x, token_axes), sums)
-    if not with_gradients:
+    if d_output_weight is None:
         return sums, None
     d_hidden = chunks.join(d_hidden).reshape(hidden.shape)
     return sums, (d_hidden, _sum_over(d_output_weight, token_axes).astype(output_weight.dtype))

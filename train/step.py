@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from mamba_jax import sharding
 from mamba_jax.mixers.base import Leaf
@@ -51,7 +51,7 @@ class TrainState:
 
 def init_state(experiment: Experiment) -> TrainState:
     """State before the first step, decided by the seed alone. Call it under ``jax.jit`` and a mesh."""
-    model = experiment.model.build(nnx.Rngs(experiment.train.seed))
+    model: PyTree = experiment.model.build(nnx.Rngs(experiment.train.seed))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         model=model,
@@ -104,7 +104,9 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
             step=state.step,
             model=model,
             optimizer=optimizer_state,
-            ema=None if state.ema is None else optax.incremental_update(model, state.ema, 1.0 - config.ema_decay),
+            ema=None
+            if config.ema_decay is None
+            else optax.incremental_update(model, state.ema, 1.0 - config.ema_decay),
             gradient_norm=jnp.where(state.gradient_norm == 0, norm, 0.98 * state.gradient_norm + 0.02 * norm),
             skipped=state.skipped,
             skipped_in_row=jnp.zeros_like(state.skipped_in_row),

@@ -80,9 +80,10 @@ class Block(nnx.Module):
     """x + mixer(norm(x))."""
 
     def __init__(self, mixer: MixerConfig, config: LanguageModelConfig, *, rngs: nnx.Rngs):
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         self.mixer = mixer.build(
-            config.width, num_layers=config.num_layers, compute_dtype=jnp.dtype(config.compute_dtype), rngs=rngs
+            config.width, num_layers=config.num_layers, compute_dtype=self.compute_dtype, rngs=rngs
         )
 
     def __call__(self, x, *, state, segment_ids):
@@ -94,7 +95,7 @@ class Block(nnx.Module):
         return x + y.astype(x.dtype), state
 
     def _normalise(self, x):
-        return self.norm(x).astype(self.mixer.compute_dtype)
+        return self.norm(x).astype(self.compute_dtype)
 
 
 class LanguageModel(nnx.Module):

@@ -62,6 +62,16 @@ def test_a_stream_gives_the_same_tokens(model, tokens_at_a_time):
     assert [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)] == whole
 
 
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33, 140])
+def test_prompts_of_any_length_are_continued(model, length):
+    prompt = [i % 40 for i in range(length)]
+    for _ in range(3):
+        logits, _ = model(jnp.array([prompt]))
+        expected = int(jnp.argmax(logits[0, -1]))
+        assert generate(model, [prompt], max_new_tokens=1, sampling=GREEDY) == [[expected]]
+        prompt.append(expected)
+
+
 def test_the_seed_decides_the_draws(model):
     draws = [generate(model, PROMPTS, max_new_tokens=20, seed=seed) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]

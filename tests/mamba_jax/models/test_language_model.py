@@ -54,10 +54,12 @@ def test_logits_of_steps_equal_those_of_transformers(published):
 def test_gradients_equal_those_of_transformers(published):
     expected, model = published
 
+    tokens = jnp.asarray(expected.input_ids)
+
     def loss(model):
-        logits, _ = model(expected.input_ids[:, :-1])
+        logits, _ = model(tokens[:, :-1])
         log_probabilities = jax.nn.log_softmax(logits)
-        return -jnp.mean(jnp.take_along_axis(log_probabilities, expected.input_ids[:, 1:, None], axis=-1))
+        return -jnp.mean(jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1))
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(model)
     assert float(value) == pytest.approx(expected.loss, rel=1e-5)
