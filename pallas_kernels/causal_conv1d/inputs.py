@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
     weight: Float[Array, "width channels"]
     bias: Float[Array, " channels"] | None = None
     segment_ids: Int[Array, "batch length"] | None = None
-    initial_state: Float[Array, "batch width-1 channels"] | None = None
+    initial_state: Float[Array, "batch taps_before channels"] | None = None
     """The inputs before ``x``, in its dtype. They are of the first token's segment, whatever its id."""
 
     @property
@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
         """Of the sum over the taps: float32, and float64 for float64 inputs."""
         return jnp.promote_types(self.x.dtype, jnp.float32)
 
-    def extended(self) -> Float[Array, "batch width-1+length channels"]:
+    def extended(self) -> Float[Array, "batch extended_length channels"]:
         """Returns x behind the inputs before it: the initial state, or zeros."""
         width = self.weight.shape[0]
         if self.initial_state is None:
