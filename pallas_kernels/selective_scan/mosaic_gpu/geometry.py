@@ -106,10 +106,15 @@ class Geometry:
 
     @functools.cached_property
     def channel_sum_layout(self) -> Layout:
-        """Of (history_steps, *tile_shape) when it is summed over its channels: a warp a step."""
-        lanes, channels, states = self.tile_shape
-        tiles = [(WARPS, lanes, channels // WARPS, states), (1, 1, 1, states)]
-        return register_tile(tiles, warp_dims=(-8,), lane_dims=(-7, -6), vector_dim=-1)
+        """Of (history_steps, *tile_shape) when it is summed over its channels.
+
+        A warp takes whole steps, two at once where it has the lanes, so that more of a sum is within a lane.
+        """
+        lanes, _, states = self.tile_shape
+        at_once = 2 if LANES // lanes >= 8 and self.history_steps >= 2 * WARPS else 1
+        channels = LANES // lanes // at_once
+        tiles = [(WARPS * at_once, lanes, channels, states), (at_once, lanes, channels, states), (1, 1, 1, states)]
+        return register_tile(tiles, warp_dims=(-12,), lane_dims=(-8, -7, -6), vector_dim=-1)
 
     def token_tiles(self) -> list[slice]:
         """Channels of the block, one token tile after the other."""
