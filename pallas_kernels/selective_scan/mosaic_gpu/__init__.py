@@ -109,8 +109,7 @@ def _backward(delta_softplus: bool) -> Any:
         for name in ("x", "delta", "z"):
             if name in arrays:
                 gradients[name] = _trim_channels(results[f"d{name}"], channels, p)
-        for name in ("B", "C"):
-            matrix = results[f"d{name}"]
+        for name, matrix in zip(("B", "C"), jnp.split(results["dBC"], 2, axis=3), strict=True):
             gradients[name] = matrix.reshape(*matrix.shape[:3], p.geometry.state)[..., : arrays["A"].shape[1]]
         gradients["A"] = _from_tiles(jnp.sum(results["dA"], axis=1), arrays["A"], p)
         for name in ("D", "delta_bias"):
@@ -167,9 +166,9 @@ def _prepare(arrays: Arrays, delta_softplus: bool, choose: Any) -> tuple[Problem
                 padded[name] = _pad_channels(array.astype(jnp.float32), p)
             case "A":
                 padded[name] = _to_tiles(array.astype(jnp.float32) * LOG2_E, p)
-            case "B" | "C":
-                matrix = _pad(array.astype(jnp.float32), -1, g.state)
-                padded[name] = matrix.reshape(*matrix.shape[:3], g.state_lanes, g.states_per_lane)
+            case "B":
+                matrices = jnp.stack([_pad(arrays[n].astype(jnp.float32), -1, g.state) for n in ("B", "C")], axis=3)
+                padded["BC"] = matrices.reshape(batch, length, groups, 2 * g.state_lanes, g.states_per_lane)
             case "initial_state" | "dfinal_state":
                 padded[name] = _to_tiles(array, p)
             case "keep":
@@ -179,7 +178,7 @@ def _prepare(arrays: Arrays, delta_softplus: bool, choose: Any) -> tuple[Problem
                 padded[name] = _pad(chunks, 2, KEEP_LANES)
                 if p.num_parts > 1:
                     padded["part_keep"] = jnp.min(array.reshape(batch, p.num_parts, -1), axis=2)
-            case _:
+            case "states":
                 padded[name] = array
     return p, padded
 

@@ -39,20 +39,18 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             several parts also what ``parts.summarize`` returned for ``reverse``.
 
     Returns:
-        "dx", "ddelta", "dz", "dB", "dC" and "dinitial_state" like their inputs. Sums to be finished outside: "dA",
+        "dx", "ddelta", "dz", "dBC" and "dinitial_state" like their inputs. Sums to be finished outside: "dA",
         (batch, parts, *A's shape), "dD" and "ddelta_bias", (batch, parts, channels), over batch and parts.
     """
     g = p.geometry
     optional = [name for name in ("z", "keep") if name in inputs]
-    streamed = ["x", "delta", "B", "C", "dy", *optional]
-    matrix_dims = (p.blocks_per_group * p.batch, p.stored_length, *inputs["B"].shape[2:])
-    matrix_type = jax.ShapeDtypeStruct(matrix_dims, jnp.float32)
+    streamed = ["x", "delta", "BC", "dy", *optional]
+    matrix_dims = (p.blocks_per_group * p.batch, p.stored_length, *inputs["BC"].shape[2:])
     sums_type = jax.ShapeDtypeStruct((p.batch, p.num_parts, p.channels), jnp.float32)
     outputs = {
         "dx": p.token_type(inputs["x"]),
         "ddelta": p.token_type(inputs["delta"]),
-        "dB": matrix_type,
-        "dC": matrix_type,
+        "dBC": jax.ShapeDtypeStruct(matrix_dims, jnp.float32),
         "dA": p.state_type(p.num_parts),
         "dinitial_state": p.state_type(),
     }
@@ -61,12 +59,16 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     outputs |= {f"d{name}": sums_type for name in ("D", "delta_bias") if name in inputs}
     token_buffer = plgpu.SMEM((g.steps, g.channels), jnp.float32)
     lanes, channels, states = g.tile_shape
+    terms_dtype = jnp.float32 if inputs["x"].dtype.itemsize > 2 else jnp.bfloat16
     scratch = p.buffers(inputs, streamed) | {
         "step_size": token_buffer,
         "input": token_buffer,
         "gated_dy": token_buffer,
-        # The state before each step; once a step is done, the first two tiles of its slot hold dB and dC by channel.
-        "history": plgpu.SMEM((g.history_steps, max(g.tiles, 2), lanes, channels, states), jnp.float32),
+        # The state before every other step of a piece; the one between is a multiply-add away.
+        "history": plgpu.SMEM((g.history_steps // 2, g.tiles, lanes, channels, states), jnp.float32),
+        # Terms of dB and dC, one a channel of a register tile. With 16-bit data they are rounded like the sums they
+        # make, which halves the traffic of shared memory, the bottleneck of this kernel.
+        "terms": plgpu.SMEM((g.history_steps, 2, lanes, channels, states), terms_dtype),
     }
     if "z" in inputs:
         scratch["C_h"] = token_buffer
@@ -97,8 +99,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
                 if name in refs:
                     plgpu.copy_smem_to_gmem(refs[name], gmem[output].at[block.batch, rows, block.channels])
             partial = lax.rem(block.index, p.blocks_per_group) * p.batch + block.batch
-            for name in ("B", "C"):
-                plgpu.copy_smem_to_gmem(refs[name], gmem[f"d{name}"].at[partial, rows, block.group])
+            plgpu.copy_smem_to_gmem(refs["BC"], gmem["dBC"].at[partial, rows, block.group])
             return Carry(dh, dA, dD, ddelta_bias)
 
         zeros = tuple(blocks.zero_tokens(g) for _ in g.token_tiles())
@@ -117,9 +118,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             blocks.store_state(g, gmem["dinitial_state"].at[block.batch, :, block.channels], carry.dh)
 
     results = p.launch(backward, inputs, outputs, scratch)
-    for name in ("dB", "dC"):
-        terms = results[name].reshape(p.blocks_per_group, p.batch, *results[name].shape[1:])
-        results[name] = jnp.sum(terms[:, :, : p.length], axis=0)
+    dBC = results["dBC"].reshape(p.blocks_per_group, p.batch, *results["dBC"].shape[1:])
+    results["dBC"] = jnp.sum(dBC[:, :, : p.length], axis=0)
     for name in ("dx", "ddelta", "dz"):
         if name in results:
             results[name] = p.trim(results[name])
@@ -129,43 +129,52 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 def _prepare(p: Problem, smem: Refs, refs: Refs, index: Any) -> None:
     """Computes what the steps need of each token: delta', delta' x, and the gradient of C h + D x."""
     g = p.geometry
+    step_sizes, inputs, gradients = [], [], []
     for channels in g.token_tiles():
-        step_size = p.step_sizes(smem, refs, index, channels)
-        store(smem["step_size"].at[:, channels], step_size)
-        store(smem["input"].at[:, channels], step_size * blocks.load_token(g, refs["x"], channels))
+        step_sizes.append(p.step_sizes(smem, refs, index, channels))
+        inputs.append(step_sizes[-1] * blocks.load_token(g, refs["x"], channels))
         dy = blocks.load_token(g, refs["dy"], channels)
         if "z" in refs:
             z = blocks.load_token(g, refs["z"], channels)
             dy = dy * (z * sigmoid(z))
-        store(smem["gated_dy"].at[:, channels], dy)
+        gradients.append(dy)
+    for name, tokens in (("step_size", step_sizes), ("input", inputs), ("gated_dy", gradients)):
+        blocks.store_tokens(g, smem[name], tokens)
 
 
 def _recompute(p: Problem, smem: Refs, refs: Refs, A: State, h: State, start: int) -> State:
-    """Walks from the state before the chunk over a piece of it, keeping the state before each step of the piece."""
+    """Walks from the state before the chunk over a piece of it, keeping every other state of the piece."""
     g = p.geometry
 
-    def step(t: Any, h: State, *, keep_state: bool) -> State:
-        B, C = blocks.load_matrix(g, refs["B"], t), blocks.load_matrix(g, refs["C"], t)
-        keep = refs["keep"][t] if "keep" in refs else None
-        new = []
-        for tile, channels in enumerate(g.register_tiles()):
-            step_size = blocks.load_channel(g, smem["step_size"], t, channels)
-            x = blocks.load_channel(g, smem["input"], t, channels)
-            new.append(blocks.decay(step_size, A[tile], keep) * h[tile] + x * B)
-            if keep_state:
-                store(smem["history"].at[t - start, tile], h[tile])
-                if "C_h" in smem:
-                    store(smem["C_h"].at[t, channels], _sum_over_states(new[tile] * C))
-        return tuple(new)
+    def operands(t: Any) -> tuple[Any, ...]:
+        step_size, x = (
+            [blocks.load_channel(g, smem[name], t, channels) for channels in g.register_tiles()]
+            for name in ("step_size", "input")
+        )
+        return step_size, x, blocks.load_B(g, refs, t), refs["keep"][t] if "keep" in refs else None
 
-    def steps(i: Any, h: State, *, first: int, keep_state: bool) -> State:
-        for u in range(g.unroll):
-            h = step(first + i * g.unroll + u, h, keep_state=keep_state)
+    def pair(i: Any, h: State, *, first: int, keep_state: bool) -> State:
+        loaded = [operands(first + 2 * i + u) for u in range(2)]
+        if keep_state:
+            for tile in range(g.tiles):
+                store(smem["history"].at[i, tile], h[tile])
+        for step_size, x, B, keep in loaded:
+            h = tuple(blocks.decay(step_size[i], A[i], keep) * h[i] + x[i] * B for i in range(g.tiles))
         return h
 
-    h = lax.fori_loop(0, start // g.unroll, functools.partial(steps, first=0, keep_state=False), h)
-    count = g.history_steps // g.unroll
-    return lax.fori_loop(0, count, functools.partial(steps, first=start, keep_state=True), h)
+    h = lax.fori_loop(0, start // 2, functools.partial(pair, first=0, keep_state=False), h)
+    return lax.fori_loop(0, g.history_steps // 2, functools.partial(pair, first=start, keep_state=True), h)
+
+
+class _Operands(NamedTuple):
+    """What a step needs, in registers: by register tile, then the rows of B and C."""
+
+    step_size: State
+    x: State
+    dy: State
+    decay: State
+    B: jax.Array
+    C: jax.Array
 
 
 def _walk_back(
@@ -173,47 +182,55 @@ def _walk_back(
 ) -> tuple[State, State]:
     """Walks back over a piece of the chunk; returns the gradients of the state before it and of A.
 
-    Leaves in place of "input" the sum over the states of B dh, in place of "gated_dy" that of A times the gradient of
-    delta' A, and in "history" the terms of dB and dC, one a channel of a register tile.
+    Leaves in "C_h" the sum over the states of C h, in place of "input" that of B dh, in place of "gated_dy" that of A
+    times the gradient of delta' A, and in "terms" those of dB and dC.
     """
     g = p.geometry
 
-    def operands(t: Any) -> tuple[Any, ...]:
-        tokens = [
-            tuple(blocks.load_channel(g, smem[name], t, channels) for name in ("step_size", "input", "gated_dy"))
-            for channels in g.register_tiles()
-        ]
-        history = [
-            plgpu.load(smem["history"].at[t - start, tile], layout=g.state_layout, optimized=False)
-            for tile in range(g.tiles)
-        ]
+    def operands(t: Any) -> _Operands:
+        step_size, x, dy = (
+            tuple(blocks.load_channel(g, smem[name], t, channels) for channels in g.register_tiles())
+            for name in ("step_size", "input", "gated_dy")
+        )
         keep = refs["keep"][t] if "keep" in refs else None
-        return tokens, history, blocks.load_matrix(g, refs["B"], t), blocks.load_matrix(g, refs["C"], t), keep
+        decay = tuple(blocks.decay(s, a, keep) for s, a in zip(step_size, A, strict=True))
+        return _Operands(step_size, x, dy, decay, blocks.load_B(g, refs, t), blocks.load_C(g, refs, t))
 
-    def steps(i: Any, carry: tuple[State, State, State]) -> tuple[State, State, State]:
-        rows = [start + g.history_steps - 1 - i * g.unroll - u for u in range(g.unroll)]
+    def step(t: Any, o: _Operands, before: State, h: State, dh: State, dA: State) -> tuple[State, State]:
+        new_dh, new_dA, dB_terms, dC_terms = [], [], [], []
+        for tile, channels in enumerate(g.register_tiles()):
+            d = dh[tile] + o.dy[tile] * o.C
+            dC_terms.append(o.dy[tile] * h[tile])
+            dB_terms.append(o.x[tile] * d)
+            passed = o.decay[tile] * d
+            dlog_decay = passed * before[tile]
+            new_dA.append(dA[tile] + o.step_size[tile] * dlog_decay)
+            new_dh.append(passed)
+            store(smem["input"].at[t, channels], _sum_over_states(d * o.B))
+            store(smem["gated_dy"].at[t, channels], _sum_over_states(dlog_decay * A[tile]))
+            if "C_h" in smem:
+                store(smem["C_h"].at[t, channels], _sum_over_states(h[tile] * o.C))
+        for slot, terms in enumerate((dB_terms, dC_terms)):
+            term = functools.reduce(jnp.add, terms)
+            store(smem["terms"].at[t - start, slot], term.astype(smem["terms"].dtype))
+        return tuple(new_dh), tuple(new_dA)
+
+    def pair(i: Any, carry: tuple[State, State, State]) -> tuple[State, State, State]:
+        h, dh, dA = carry
+        slot = g.history_steps // 2 - 1 - i
+        t = start + 2 * slot
+        before = tuple(
+            plgpu.load(smem["history"].at[slot, tile], layout=g.state_layout, optimized=False)
+            for tile in range(g.tiles)
+        )
         # Loaded before the first store, past which the compiler would not move them.
-        loaded = [operands(t) for t in rows]
-        for t, (tokens, before, B, C, keep) in zip(rows, loaded, strict=True):
-            h, dh, dA = carry
-            new_dh, new_dA, dB_terms, dC_terms = [], [], [], []
-            for tile, channels in enumerate(g.register_tiles()):
-                step_size, x, dy = tokens[tile]
-                d = dh[tile] + dy * C
-                dC_terms.append(dy * h[tile])
-                dB_terms.append(x * d)
-                passed = blocks.decay(step_size, A[tile], keep) * d
-                dlog_decay = passed * before[tile]
-                new_dA.append(dA[tile] + step_size * dlog_decay)
-                new_dh.append(passed)
-                store(smem["input"].at[t, channels], _sum_over_states(d * B))
-                store(smem["gated_dy"].at[t, channels], _sum_over_states(dlog_decay * A[tile]))
-            store(smem["history"].at[t - start, 0], functools.reduce(jnp.add, dB_terms))
-            store(smem["history"].at[t - start, 1], functools.reduce(jnp.add, dC_terms))
-            carry = tuple(before), tuple(new_dh), tuple(new_dA)
-        return carry
+        first, second = operands(t), operands(t + 1)
+        between = tuple(first.decay[tile] * before[tile] + first.x[tile] * first.B for tile in range(g.tiles))
+        dh, dA = step(t + 1, second, between, h, dh, dA)
+        dh, dA = step(t, first, before, between, dh, dA)
+        return before, dh, dA
 
-    _, dh, dA = lax.fori_loop(0, g.history_steps // g.unroll, steps, (h, dh, dA))
+    _, dh, dA = lax.fori_loop(0, g.history_steps // 2, pair, (h, dh, dA))
     return dh, dA
 
 
@@ -225,15 +242,17 @@ def _sum_over_states(tile: jax.Array) -> jax.Array:
 def _sum_over_channels(p: Problem, smem: Refs, refs: Refs, start: int) -> None:
     """Puts the block's dB and dC of a piece of the chunk in place of B and C."""
     g = p.geometry
-    for slot, name in enumerate(("B", "C")):
-        terms = plgpu.load(smem["history"].at[:, slot], layout=g.channel_sum_layout, optimized=False)
-        store(refs[name].at[pl.ds(start, g.history_steps)], jnp.sum(terms, axis=2))
+    for slot in range(2):
+        terms = plgpu.load(smem["terms"].at[:, slot], layout=g.channel_sum_layout, optimized=False)
+        total = jnp.sum(terms.astype(jnp.float32), axis=2)
+        rows, lanes = pl.ds(start, g.history_steps), pl.ds(slot * g.state_lanes, g.state_lanes)
+        store(refs["BC"].at[rows, lanes], total)
 
 
 def _finish(p: Problem, smem: Refs, refs: Refs, index: Any, carry: Carry) -> tuple[Tokens, Tokens]:
     """Puts the gradients of x, delta and z in place of these; adds to those of D and delta_bias."""
     g = p.geometry
-    new_dD, new_ddelta_bias = [], []
+    new_dD, new_ddelta_bias, all_dx, all_ddelta, all_dz = [], [], [], [], []
     for tile, channels in enumerate(g.token_tiles()):
         x = blocks.load_token(g, refs["x"], channels)
         dy = blocks.load_token(g, refs["dy"], channels)
@@ -244,7 +263,7 @@ def _finish(p: Problem, smem: Refs, refs: Refs, index: Any, carry: Carry) -> tup
             y = blocks.load_token(g, smem["C_h"], channels)
             y = y if D is None else y + D * x
             dz = dy * y * gate * (1.0 + z * (1.0 - gate))
-            store(refs["z"].at[:, channels], dz.astype(refs["z"].dtype))
+            all_dz.append(dz)
             dy = dy * (z * gate)
         step_size = blocks.load_token(g, smem["step_size"], channels)
         B_dh = blocks.load_token(g, smem["input"], channels)
@@ -256,6 +275,10 @@ def _finish(p: Problem, smem: Refs, refs: Refs, index: Any, carry: Carry) -> tup
             ddelta = ddelta * softplus_gradient(step_size)
         new_dD.append(carry.dD[tile] + dy * x)
         new_ddelta_bias.append(carry.ddelta_bias[tile] + p.mask(ddelta, index))
-        store(refs["x"].at[:, channels], dx.astype(refs["x"].dtype))
-        store(refs["delta"].at[:, channels], ddelta.astype(refs["delta"].dtype))
+        all_dx.append(dx)
+        all_ddelta.append(ddelta)
+    blocks.store_tokens(g, refs["x"], all_dx)
+    blocks.store_tokens(g, refs["delta"], all_ddelta)
+    if "z" in refs:
+        blocks.store_tokens(g, refs["z"], all_dz)
     return tuple(new_dD), tuple(new_ddelta_bias)

@@ -42,7 +42,7 @@ class Problem:
 
     The kernels' inputs are named as in ``Inputs``, in these shapes (channels and state padded to the geometry):
     "x", "delta", "z", (batch, length, channels); "A", the state matrix times log2(e), (state_lanes, channels,
-    states_per_lane); "B" and "C", float32, (batch, length, groups, state_lanes, states_per_lane); "D" and
+    states_per_lane); "BC", B and then C, float32, (batch, length, groups, 2 · state_lanes, states_per_lane); "D" and
     "delta_bias", float32, (channels,); "initial_state", (batch, *A's shape). "keep", (batch, chunks, KEEP_LANES)
     float32, is 0 at the first token of a segment, else 1.
     """
@@ -135,8 +135,7 @@ class Problem:
         """Shared memory for what ``stream`` loads: for each name, one slot a stage."""
         lanes, _, states = self.geometry.tile_shape
         shapes = {
-            "B": (self.geometry.steps, lanes, states),
-            "C": (self.geometry.steps, lanes, states),
+            "BC": (self.geometry.steps, 2 * lanes, states),
             "keep": (KEEP_LANES,),
         }
         token = (self.geometry.steps, self.geometry.channels)
@@ -186,8 +185,7 @@ class Problem:
 
         def start(i: Any, slot: Any) -> None:
             sources = {
-                "B": lambda ref: ref.at[block.batch, self.rows(index(i)), block.group],
-                "C": lambda ref: ref.at[block.batch, self.rows(index(i)), block.group],
+                "BC": lambda ref: ref.at[block.batch, self.rows(index(i)), block.group],
                 "keep": lambda ref: ref.at[block.batch, index(i)],
             }
             for name in streamed:
@@ -244,15 +242,34 @@ def load_token(g: Geometry, ref: Any, channels: slice) -> jax.Array:
     return plgpu.load(ref.at[:, channels], layout=g.token_layout, optimized=False).astype(jnp.float32)
 
 
+def store_tokens(g: Geometry, ref: Any, tokens: Sequence[jax.Array]) -> None:
+    """Stores token tiles, in the reference's dtype.
+
+    All of a phase's stores come after all of its loads: past a store the compiler would not move a load, and the
+    latencies of one tile after the other would add up.
+    """
+    for channels, token in zip(g.token_tiles(), tokens, strict=True):
+        store(ref.at[:, channels], token.astype(ref.dtype))
+
+
 def load_channel(g: Geometry, ref: Any, step: Any, channels: slice) -> jax.Array:
     """Loads one number a channel of a register tile, repeated for every state."""
     row = plgpu.load(ref.at[step, channels], layout=g.channel_layout, optimized=False)
     return spread(row, g.tile_shape, (1,), g.state_layout)
 
 
-def load_matrix(g: Geometry, ref: Any, step: Any) -> jax.Array:
-    """Loads a row of B or C, repeated for every channel of a register tile."""
-    row = plgpu.load(ref.at[step], layout=g.matrix_layout, optimized=False)
+def load_B(g: Geometry, refs: Refs, step: Any) -> jax.Array:
+    """Loads a row of B, repeated for every channel of a register tile."""
+    return _load_matrix(g, refs["BC"].at[step, : g.state_lanes])
+
+
+def load_C(g: Geometry, refs: Refs, step: Any) -> jax.Array:
+    """Loads a row of C, repeated for every channel of a register tile."""
+    return _load_matrix(g, refs["BC"].at[step, g.state_lanes :])
+
+
+def _load_matrix(g: Geometry, ref: Any) -> jax.Array:
+    row = plgpu.load(ref, layout=g.matrix_layout, optimized=False)
     return spread(row, g.tile_shape, (0, 2), g.state_layout)
 
 

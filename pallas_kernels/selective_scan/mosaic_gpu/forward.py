@@ -15,6 +15,7 @@ from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
 from pallas_kernels.selective_scan.mosaic_gpu.elementwise import sigmoid
+from pallas_kernels.selective_scan.mosaic_gpu.geometry import Geometry
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> dict[str, jax.Array]:
@@ -30,7 +31,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         chunks after the batch.
     """
     g = p.geometry
-    streamed = [name for name in ("x", "delta", "B", "C", "z", "keep") if name in inputs]
+    streamed = [name for name in ("x", "delta", "BC", "z", "keep") if name in inputs]
     outputs: dict[str, Any] = {"y": p.token_type(inputs["x"])}
     outputs["final_state"] = p.state_type()
     if save_states:
@@ -49,24 +50,15 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         def chunk(index: Any, refs: Refs, h: State) -> State:
             if save_states:
                 blocks.store_state(g, gmem["states"].at[block.batch, index, :, block.channels], h)
-            for channels in g.token_tiles():
-                step_size = p.step_sizes(smem, refs, index, channels)
-                store(smem["step_size"].at[:, channels], step_size)
-                store(smem["input"].at[:, channels], step_size * blocks.load_token(g, refs["x"], channels))
+            tiles = g.token_tiles()
+            x = [blocks.load_token(g, refs["x"], channels) for channels in tiles]
+            step_size = [p.step_sizes(smem, refs, index, channels) for channels in tiles]
+            blocks.store_tokens(g, smem["step_size"], step_size)
+            blocks.store_tokens(g, smem["input"], [s * x for s, x in zip(step_size, x, strict=True)])
             synchronize()
             h = _walk(p, refs, smem, A, h)
             synchronize()
-            for channels in g.token_tiles():
-                y = functools.reduce(
-                    jnp.add,
-                    [blocks.load_token(g, smem["partial_y"].at[:, lane], channels) for lane in range(g.state_lanes)],
-                )
-                if "D" in smem:
-                    y = y + blocks.per_channel(g, smem["D"], channels) * blocks.load_token(g, refs["x"], channels)
-                if "z" in refs:
-                    z = blocks.load_token(g, refs["z"], channels)
-                    y = y * (z * sigmoid(z))
-                store(refs["x"].at[:, channels], y.astype(refs["x"].dtype))
+            blocks.store_tokens(g, refs["x"], [_output(g, refs, smem, channels) for channels in tiles])
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(refs["x"], gmem["y"].at[block.batch, p.rows(index), block.channels])
             return h
@@ -89,7 +81,7 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State) -> State:
         step_size = [blocks.load_channel(g, smem["step_size"], t, channels) for channels in g.register_tiles()]
         x = [blocks.load_channel(g, smem["input"], t, channels) for channels in g.register_tiles()]
         keep = refs["keep"][t] if "keep" in refs else None
-        return step_size, x, blocks.load_matrix(g, refs["B"], t), blocks.load_matrix(g, refs["C"], t), keep
+        return step_size, x, blocks.load_B(g, refs, t), blocks.load_C(g, refs, t), keep
 
     def steps(i: Any, h: State) -> State:
         rows = [i * g.unroll + u for u in range(g.unroll)]
@@ -102,3 +94,15 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State) -> State:
         return h
 
     return lax.fori_loop(0, g.steps // g.unroll, steps, h)
+
+
+def _output(g: Geometry, refs: Refs, smem: Refs, channels: slice) -> jax.Array:
+    """Makes y of a token tile out of the lanes' parts of C h."""
+    parts = [blocks.load_token(g, smem["partial_y"].at[:, lane], channels) for lane in range(g.state_lanes)]
+    y = functools.reduce(jnp.add, parts)
+    if "D" in smem:
+        y = y + blocks.per_channel(g, smem["D"], channels) * blocks.load_token(g, refs["x"], channels)
+    if "z" in refs:
+        z = blocks.load_token(g, refs["z"], channels)
+        y = y * (z * sigmoid(z))
+    return y

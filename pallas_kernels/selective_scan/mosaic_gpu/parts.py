@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
+from pallas_kernels.mosaic_gpu_compat import plgpu, synchronize
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
 from pallas_kernels.selective_scan.mosaic_gpu.elementwise import sigmoid
@@ -33,8 +33,8 @@ def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> 
         the sum of its step sizes, which with A makes its decay. Entries of the part that nothing passes are undefined.
     """
     g = p.geometry
-    signal, matrix = ("dy", "C") if reverse else ("x", "B")
-    streamed = [name for name in (signal, "delta", matrix, "keep", *(["z"] if reverse else [])) if name in inputs]
+    signal, gate = ("dy", ["z"]) if reverse else ("x", [])
+    streamed = [name for name in (signal, "delta", "BC", "keep", *gate) if name in inputs]
     outputs = {
         "part_state": p.state_type(p.num_parts),
         "part_steps": jax.ShapeDtypeStruct((p.batch, p.num_parts, p.channels), jnp.float32),
@@ -53,18 +53,19 @@ def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> 
 
         def chunk(index: Any, refs: Refs, carry: tuple[State, tuple[jax.Array, ...]]) -> Any:
             state, totals = carry
-            new_totals = []
-            for channels, total in zip(g.token_tiles(), totals, strict=True):
-                step_size = p.step_sizes(smem, refs, index, channels)
+            step_sizes = [p.step_sizes(smem, refs, index, channels) for channels in g.token_tiles()]
+            signals = []
+            for channels, step_size in zip(g.token_tiles(), step_sizes, strict=True):
                 value = blocks.load_token(g, refs[signal], channels)
                 if "z" in refs:
                     z = blocks.load_token(g, refs["z"], channels)
                     value = value * (z * sigmoid(z))
-                store(smem["step_size"].at[:, channels], step_size)
-                store(smem["signal"].at[:, channels], value if reverse else step_size * value)
-                new_totals.append(total + step_size)
+                signals.append(value if reverse else step_size * value)
+            blocks.store_tokens(g, smem["step_size"], step_sizes)
+            blocks.store_tokens(g, smem["signal"], signals)
             synchronize()
-            return _walk(p, refs, smem, A, state, matrix, reverse), tuple(new_totals)
+            totals = tuple(total + step_size for total, step_size in zip(totals, step_sizes, strict=True))
+            return _walk(p, refs, smem, A, state, reverse), totals
 
         totals = tuple(blocks.zero_tokens(g) for _ in g.token_tiles())
         state, totals = p.stream(gmem, smem, streamed, block, chunk, (blocks.zero_state(g), totals), reverse=reverse)
@@ -74,7 +75,7 @@ def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> 
     return p.launch(summarize_parts, inputs, outputs, scratch, num_parts=p.num_parts - 1)
 
 
-def _walk(p: Problem, refs: Refs, smem: Refs, A: State, state: State, matrix: str, reverse: bool) -> State:
+def _walk(p: Problem, refs: Refs, smem: Refs, A: State, state: State, reverse: bool) -> State:
     """Takes the steps of a chunk."""
     g = p.geometry
 
@@ -82,7 +83,7 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, state: State, matrix: st
         for u in range(g.unroll):
             t = i * g.unroll + u
             t = g.steps - 1 - t if reverse else t
-            row = blocks.load_matrix(g, refs[matrix], t)
+            row = blocks.load_C(g, refs, t) if reverse else blocks.load_B(g, refs, t)
             keep = refs["keep"][t] if "keep" in refs else None
             new = []
             for tile, channels in enumerate(g.register_tiles()):
