@@ -37,7 +37,7 @@ def map_shards[Outputs: tuple[jax.Array, ...]](
 
     Args:
         function: called with the local inputs, and with the mesh axis that "length" is sharded over or None.
-        inputs: a NamedTuple of arrays, the main one first; others may be None.
+        inputs: a NamedTuple of arrays, the main one, with a dimension "length", first; others may be None.
         input_dims: names of each input's dimensions.
         output_dims: names of each output's dimensions.
     """
@@ -55,7 +55,15 @@ def map_shards[Outputs: tuple[jax.Array, ...]](
 
     @jax.shard_map(out_specs=tuple(_spec(dims, axes) for dims in output_dims), axis_names=explicit)
     def run(inputs: Any) -> Outputs:
-        return function(_vary_together(inputs), axes.get("length"))
+        inputs, axis = _vary_together(inputs), axes["length"]
+        if axis is None or jax.lax.axis_size(axis) > 1:
+            return function(inputs, axis)
+        # An axis of one device splits nothing: the whole sequence is here, and a second pass over it would be wasted.
+        outputs = function(inputs, None)
+        return tuple(
+            output if "length" in dims else from_last(output, axis)
+            for output, dims in zip(outputs, output_dims, strict=True)
+        )  # pyright: ignore[reportReturnType]
 
     return run(type(inputs)(**resharded))
 

@@ -16,6 +16,7 @@ from pallas_kernels.selective_scan.mosaic_gpu import backward, forward, parts, p
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import KEEP_LANES, Problem
 from pallas_kernels.selective_scan.mosaic_gpu.elementwise import LOG2_E
 from pallas_kernels.selective_scan.mosaic_gpu.geometry import MAX_STATE, Geometry
+from pallas_kernels.sharding import vary_like
 
 _TOKEN_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -118,7 +119,7 @@ def _backward(delta_softplus: bool) -> Any:
         if "initial_state" in arrays:
             gradients["initial_state"] = _from_tiles(results["dinitial_state"], arrays["A"], p)
         if "keep" in arrays:
-            gradients["keep"] = jnp.zeros_like(arrays["keep"])
+            gradients["keep"] = vary_like(jnp.zeros_like(arrays["keep"]), arrays["keep"])
         return gradients
 
     return run

@@ -14,6 +14,7 @@ from jax import lax
 from pallas_kernels.mosaic_gpu_compat import plgpu, store
 from pallas_kernels.selective_scan.mosaic_gpu.elementwise import softplus
 from pallas_kernels.selective_scan.mosaic_gpu.geometry import COMPILER_PARAMS, Geometry, Layout
+from pallas_kernels.sharding import vary_like
 
 Refs = Mapping[str, Any]
 State = tuple[jax.Array, ...]
@@ -129,7 +130,9 @@ class Problem:
             compiler_params=COMPILER_PARAMS,
         )
         with jax.enable_x64(False):  # Python's numbers are 32 bits wide in a kernel, whatever the caller's are.
-            return dict(zip(outputs, kernel(*inputs.values()), strict=True))
+            results = kernel(*inputs.values())
+        one_input = next(iter(inputs.values()))
+        return {name: vary_like(array, one_input) for name, array in zip(outputs, results, strict=True)}
 
     def buffers(self, inputs: Mapping[str, jax.Array], streamed: Sequence[str]) -> dict[str, Any]:
         """Shared memory for what ``stream`` loads: for each name, one slot a stage."""
@@ -280,9 +283,14 @@ def spread(array: jax.Array, shape: tuple[int, ...], dims: tuple[int, ...], layo
 
 def load_state(g: Geometry, ref: Any) -> State:
     """Loads the states of the block's channels, (state_lanes, channels, states_per_lane)."""
-    return tuple(
-        plgpu.load(ref.at[:, channels], layout=g.state_layout, optimized=False) for channels in g.register_tiles()
-    )
+
+    def load(channels: slice) -> jax.Array:
+        tile = plgpu.load(ref.at[:, channels], layout=g.state_layout, optimized=False)
+        # The compiler drops the product. It is there for the type: inside jax.shard_map an array from outside is marked
+        # with the mesh axes it varies over, results of operations in a kernel are not, and a loop needs them alike.
+        return tile * 1.0
+
+    return tuple(load(channels) for channels in g.register_tiles())
 
 
 def store_state(g: Geometry, ref: Any, state: State) -> None:
