@@ -1,0 +1,181 @@
+"""The operators that are timed: their inputs, calls, and what they cost at least."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.causal_conv1d import causal_conv1d
+from pallas_kernels.causal_conv1d import flops as causal_conv1d_flops
+from pallas_kernels.selective_scan import flops as selective_scan_flops
+from pallas_kernels.selective_scan import selective_scan
+
+Shape = Mapping[str, int]
+Arrays = dict[str, jax.Array]
+Direction = Literal["forward", "backward"]
+
+DTYPE = jnp.dtype(jnp.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a call takes at least."""
+
+    bytes: int
+    """Every input read once, every output written once."""
+    flops: int
+    exponentials: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """How to call an operator, and how to count what it does."""
+
+    name: str
+    dims: Mapping[str, tuple[str, ...]]
+    """Names of the dimensions of every input."""
+    output_dims: tuple[str, ...]
+    make: Callable[[jax.Array, Shape], Arrays]
+    """Draws inputs from a random key."""
+    call: Callable[..., jax.Array]
+    """``call(arrays, implementation=…)`` computes the output."""
+    costs: Callable[[Shape, Direction], Costs]
+    implementations: tuple[str, ...]
+    has_reference: bool = True
+    """Whether ``call`` also knows the implementation "reference"."""
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it mixes tokens through a state, in place of attention."""
+        return any("state" in dims for dims in self.dims.values())
+
+    def sizes(self, arrays: Arrays) -> dict[str, int]:
+        """Sizes of all dimensions of the inputs, by name."""
+        return {dim: size for name in arrays for dim, size in zip(self.dims[name], arrays[name].shape, strict=True)}
+
+
+def _normal(key: jax.Array, *dims: int, dtype: Any = DTYPE) -> jax.Array:
+    return jax.random.normal(key, dims, dtype)
+
+
+def _make_selective_scan(key: jax.Array, shape: Shape) -> Arrays:
+    batch, length, channels, state = (shape[dim] for dim in ("batch", "length", "channels", "state"))
+    keys = jax.random.split(key, 8)
+    return {
+        "x": _normal(keys[0], batch, length, channels),
+        "delta": _normal(keys[1], batch, length, channels),
+        "A": -jax.random.uniform(keys[2], (channels, state), minval=0.5, maxval=16.0),
+        "B": _normal(keys[3], batch, length, state),
+        "C": _normal(keys[4], batch, length, state),
+        "D": _normal(keys[5], channels, dtype=jnp.float32),
+        "z": _normal(keys[6], batch, length, channels),
+        # Step sizes from about 1e-3 to 1e-1 after the softplus, as Mamba begins with.
+        "delta_bias": jax.random.uniform(keys[7], (channels,), minval=-7.0, maxval=-2.0),
+    }
+
+
+def _call_selective_scan(arrays: Arrays, implementation: str) -> jax.Array:
+    return selective_scan(**arrays, delta_softplus=True, implementation=implementation)  # type: ignore[return-value]
+
+
+def _selective_scan_costs(shape: Shape, direction: Direction) -> Costs:
+    sizes = [shape[dim] for dim in ("batch", "length", "channels", "state")]
+    count = selective_scan_flops
+    if direction == "forward":
+        moved, flops = count.forward_bytes(*sizes, itemsize=DTYPE.itemsize), count.forward(*sizes)
+    else:
+        moved, flops = count.backward_bytes(*sizes, itemsize=DTYPE.itemsize), count.backward(*sizes)
+    return Costs(moved, flops, count.exponentials(*sizes))
+
+
+def _make_causal_conv1d(key: jax.Array, shape: Shape) -> Arrays:
+    batch, length, channels, width = (shape[dim] for dim in ("batch", "length", "channels", "width"))
+    keys = jax.random.split(key, 3)
+    return {
+        "x": _normal(keys[0], batch, length, channels),
+        "weight": _normal(keys[1], width, channels, dtype=jnp.float32),
+        "bias": _normal(keys[2], channels, dtype=jnp.float32),
+    }
+
+
+def _call_causal_conv1d(arrays: Arrays, implementation: str) -> jax.Array:
+    return causal_conv1d(**arrays, activation="silu", implementation=implementation)  # type: ignore[return-value]
+
+
+def _causal_conv1d_costs(shape: Shape, direction: Direction) -> Costs:
+    batch, length, channels, width = (shape[dim] for dim in ("batch", "length", "channels", "width"))
+    count = causal_conv1d_flops
+    if direction == "forward":
+        moved = count.forward_bytes(batch, length, channels, itemsize=DTYPE.itemsize)
+        flops = count.forward(batch, length, channels, width)
+    else:
+        moved = count.backward_bytes(batch, length, channels, itemsize=DTYPE.itemsize)
+        flops = count.backward(batch, length, channels, width)
+    return Costs(moved, flops, count.exponentials(batch, length, channels))
+
+
+def _make_attention(key: jax.Array, shape: Shape) -> Arrays:
+    dims = [shape[dim] for dim in ("batch", "length", "heads", "head_dim")]
+    return {name: _normal(k, *dims) for name, k in zip("qkv", jax.random.split(key, 3), strict=True)}
+
+
+def _call_attention(arrays: Arrays, implementation: str) -> jax.Array:
+    return jax.nn.dot_product_attention(*arrays.values(), is_causal=True, implementation=implementation)  # type: ignore[arg-type]
+
+
+def _attention_costs(shape: Shape, direction: Direction) -> Costs:
+    batch, length, heads, head_dim = (shape[dim] for dim in ("batch", "length", "heads", "head_dim"))
+    # Two matrix products over the lower triangle; backward these again and four more, less what forward has stored.
+    products, arrays = (2, 4) if direction == "forward" else (5, 8)
+    pairs = batch * heads * length * (length + 1) // 2
+    return Costs(arrays * batch * length * heads * head_dim * DTYPE.itemsize, products * 2 * pairs * head_dim, pairs)
+
+
+_TOKEN = ("batch", "length", "channels")
+_MATRIX = ("batch", "length", "state")
+_HEADS = ("batch", "length", "heads", "head_dim")
+
+OPERATORS = {
+    operator.name: operator
+    for operator in (
+        Operator(
+            "selective_scan",
+            {
+                **dict.fromkeys(("x", "delta", "z"), _TOKEN),
+                **dict.fromkeys(("B", "C"), _MATRIX),
+                **dict.fromkeys(("D", "delta_bias"), ("channels",)),
+                "A": ("channels", "state"),
+            },
+            _TOKEN,
+            _make_selective_scan,
+            _call_selective_scan,
+            _selective_scan_costs,
+            ("mosaic_gpu", "xla"),
+        ),
+        Operator(
+            "causal_conv1d",
+            {"x": _TOKEN, "weight": ("width", "channels"), "bias": ("channels",)},
+            _TOKEN,
+            _make_causal_conv1d,
+            _call_causal_conv1d,
+            _causal_conv1d_costs,
+            ("mosaic_gpu", "xla"),
+        ),
+    )
+}
+
+ATTENTION = Operator(
+    "attention",
+    dict.fromkeys("qkv", _HEADS),
+    _HEADS,
+    _make_attention,
+    _call_attention,
+    _attention_costs,
+    ("cudnn", "xla"),
+    has_reference=False,
+)
+"""What a state-space model replaces, to compare with."""

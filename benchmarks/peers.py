@@ -1,0 +1,87 @@
+"""The CUDA kernels of mamba_ssm and causal_conv1d, where they are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.operators import Operator
+from benchmarks.suites import Case
+from benchmarks.timing import Timing
+
+_PACKAGES = {"selective_scan": "mamba_ssm", "causal_conv1d": "causal_conv1d"}
+_CALLS = 20
+
+
+def package(operator: Operator) -> str | None:
+    """Name of the package that has this operator too, if it is installed."""
+    name = _PACKAGES.get(operator.name)
+    return name if name is not None and importlib.util.find_spec(name) is not None else None
+
+
+def time_peer(case: Case, *, samples: int) -> Timing:
+    """Times the package's operator by CUDA events around several calls, on random inputs of the same kind."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    call, leaves = _ARGUMENTS[case.operator.name](torch, dict(case.shape))
+    y = call()
+    dy = torch.randn_like(y)
+
+    def run() -> None:
+        if case.direction == "forward":
+            with torch.no_grad():
+                call()
+        else:
+            torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+    run()
+    times = []
+    for _ in range(samples):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        for _ in range(_CALLS):
+            run()
+        ended.record()
+        torch.cuda.synchronize()
+        times.append(began.elapsed_time(ended) / 1e3 / _CALLS)
+    lower, median, upper = statistics.quantiles(times, n=4)
+    return Timing(median, lower, upper, samples, samples * _CALLS)
+
+
+def _selective_scan(torch: Any, shape: dict[str, int]) -> tuple[Callable[[], Any], list[Any]]:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
+
+    batch, length, channels, state = (shape[dim] for dim in ("batch", "length", "channels", "state"))
+    draw = _draw(torch)
+    u, delta, z = (draw(batch, channels, length) for _ in range(3))
+    B, C = (draw(batch, state, length) for _ in range(2))
+    A = (-16 * torch.rand(channels, state, device="cuda") - 0.5).requires_grad_()
+    D = draw(channels, dtype=torch.float32)
+    bias = (5 * torch.rand(channels, device="cuda") - 7).requires_grad_()
+
+    def call() -> Any:
+        return selective_scan_fn(u, delta, A, B, C, D=D, z=z, delta_bias=bias, delta_softplus=True)
+
+    return call, [u, delta, A, B, C, D, z, bias]
+
+
+def _causal_conv1d(torch: Any, shape: dict[str, int]) -> tuple[Callable[[], Any], list[Any]]:
+    from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
+
+    batch, length, channels, width = (shape[dim] for dim in ("batch", "length", "channels", "width"))
+    draw = _draw(torch)
+    x = draw(batch, length, channels)
+    weight, bias = draw(channels, width, dtype=torch.float32), draw(channels, dtype=torch.float32)
+    return lambda: causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu"), [x, weight, bias]
+
+
+def _draw(torch: Any) -> Callable[..., Any]:
+    def draw(*dims: int, dtype: Any = torch.bfloat16) -> Any:
+        return torch.randn(dims, device="cuda", dtype=dtype, requires_grad=True)
+
+    return draw
+
+
+_ARGUMENTS = {"selective_scan": _selective_scan, "causal_conv1d": _causal_conv1d}

@@ -1,0 +1,106 @@
+"""Which calls a benchmark times: the shapes the project is judged by, and sweeps over length and state."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+from benchmarks import SUITES
+from benchmarks.operators import ATTENTION, OPERATORS, Direction, Operator, Shape
+
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One measurement."""
+
+    suite: str
+    operator: Operator
+    implementation: str
+    direction: Direction
+    shape: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Shapes of one benchmark."""
+
+    tokens: tuple[tuple[int, int, int], ...]
+    """(batch, length, channels)"""
+    state: int
+    width: int
+    lengths: tuple[int, ...]
+    sweep_channels: int
+    """Of the sweeps. Attention gets half as many, which is what a block of the same model has."""
+    head_dim: int
+    states: tuple[int, ...]
+    state_tokens: tuple[int, int]
+    """(batch, length) of the sweep over states."""
+
+
+FULL = Sizes(
+    tokens=((8, 2048, 5120), (8, 2048, 1536), (1, 2048, 1536), (1, 131072, 1536)),
+    state=16,
+    width=4,
+    lengths=tuple(2**i for i in range(9, 18)),
+    sweep_channels=1536,
+    head_dim=64,
+    states=(1, 4, 16, 64, 128, 256),
+    state_tokens=(8, 2048),
+)
+QUICK = Sizes(
+    tokens=((2, 64, 96),),
+    state=4,
+    width=4,
+    lengths=(32, 64, 128, 256),
+    sweep_channels=64,
+    head_dim=16,
+    states=(2, 4, 8),
+    state_tokens=(1, 64),
+)
+
+
+def cases(sizes: Sizes, names: Sequence[str], suites: Sequence[str], *, on_gpu: bool) -> Iterator[Case]:
+    """Lists what to measure.
+
+    Args:
+        sizes: shapes.
+        names: of operators.
+        suites: of ``SUITES``.
+        on_gpu: whether there is a GPU for the implementations that need one.
+    """
+    for suite in suites:
+        for operator, shape in _calls(sizes, names, suite):
+            wanted = operator.implementations if on_gpu else ("xla",)
+            if operator is ATTENTION:
+                wanted = wanted[:1]
+            for direction, implementation in itertools.product(DIRECTIONS, wanted):
+                yield Case(suite, operator, implementation, direction, shape)
+
+
+def _calls(sizes: Sizes, names: Sequence[str], suite: str) -> Iterator[tuple[Operator, Shape]]:
+    match suite:
+        case "shapes":
+            for name, (batch, length, channels) in itertools.product(names, sizes.tokens):
+                yield OPERATORS[name], _shape(sizes, name, batch, length, channels, sizes.state)
+        case "length":
+            for length in sizes.lengths:
+                for name in names:
+                    yield OPERATORS[name], _shape(sizes, name, 1, length, sizes.sweep_channels, sizes.state)
+                if any(OPERATORS[name].has_state for name in names):
+                    heads = sizes.sweep_channels // 2 // sizes.head_dim
+                    yield ATTENTION, {"batch": 1, "length": length, "heads": heads, "head_dim": sizes.head_dim}
+        case "state":
+            for state in sizes.states:
+                for name in names:
+                    if OPERATORS[name].has_state:
+                        yield OPERATORS[name], _shape(sizes, name, *sizes.state_tokens, sizes.sweep_channels, state)
+        case _:
+            raise ValueError(f"suite must be one of {SUITES}, got {suite!r}")
+
+
+def _shape(sizes: Sizes, name: str, batch: int, length: int, channels: int, state: int) -> Shape:
+    shape = {"batch": batch, "length": length, "channels": channels}
+    return shape | ({"width": sizes.width} if name == "causal_conv1d" else {"state": state})

@@ -1,0 +1,68 @@
+"""Measurements: what is timed is also checked."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import measure as measure_module
+from benchmarks.hardware import Limits
+from benchmarks.measure import measure
+from benchmarks.operators import OPERATORS, Costs, Operator
+from benchmarks.suites import Case
+
+SHAPES = {
+    "selective_scan": {"batch": 2, "length": 16, "channels": 24, "state": 4},
+    "causal_conv1d": {"batch": 2, "length": 16, "channels": 24, "width": 4},
+}
+LIMITS = Limits("a device", bytes=1e9, flops=None, exponentials=None)
+
+
+def case(operator: Operator, direction: str) -> Case:
+    return Case("shapes", operator, "xla", direction, SHAPES[operator.name])  # type: ignore[arg-type]
+
+
+def with_factor(operator: Operator, factor: float) -> Operator:
+    """An operator whose implementations, but not its reference, are off by a factor."""
+
+    def call(arrays: dict[str, jax.Array], *, implementation: str) -> jax.Array:
+        y = operator.call(arrays, implementation=implementation)
+        return y if implementation == "reference" else y * factor
+
+    return dataclasses.replace(operator, call=call)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", OPERATORS)
+class TestErrors:
+    def test_a_right_result_is_right_in_every_output(self, name, direction):
+        measurement = measure(case(OPERATORS[name], direction), LIMITS, samples=2)
+        assert measurement.is_right
+        assert set(measurement.errors) == ({"y"} if direction == "forward" else set(OPERATORS[name].dims))
+
+    def test_a_wrong_one_is_found_in_a_few_channels_of_a_large_problem_too(self, name, direction, monkeypatch):
+        monkeypatch.setattr(measure_module, "_MAX_CHECKED", 1)
+        right = measure(case(OPERATORS[name], direction), LIMITS, samples=2)
+        wrong = measure(case(with_factor(OPERATORS[name], 1.02), direction), LIMITS, samples=2)
+        assert right.is_right
+        assert not wrong.is_right
+        # The gradients of A, B, weight … are sums over what was left out.
+        tokens = {"x", "delta", "z"} & set(OPERATORS[name].dims)
+        assert set(right.errors) == ({"y"} if direction == "forward" else tokens)
+
+
+def test_rates_are_costs_over_time():
+    measurement = measure(case(OPERATORS["causal_conv1d"], "forward"), LIMITS, samples=2)
+    bytes_moved = 2 * 2 * 2 * 16 * 24  # x and y, two bytes a number
+    np.testing.assert_allclose(measurement.bytes_per_second * measurement.seconds, bytes_moved)
+    assert measurement.limit_seconds == bytes_moved / 1e9
+
+
+def test_the_scarcest_resource_is_the_limit():
+    limits = Limits("a device", bytes=10.0, flops=100.0, exponentials=1.0)
+    assert limits.seconds(Costs(bytes=20, flops=100, exponentials=1)) == 2
+    assert limits.seconds(Costs(bytes=20, flops=300, exponentials=1)) == 3
+    assert limits.seconds(Costs(bytes=20, flops=300, exponentials=4)) == 4

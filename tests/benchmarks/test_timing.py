@@ -1,0 +1,29 @@
+"""The time of a call."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.timing import time_calls
+
+
+def multiply(times: int, a: jax.Array) -> jax.Array:
+    return jax.lax.fori_loop(0, times, lambda _, b: jnp.tanh(a @ b), a)
+
+
+def test_ten_times_the_work_takes_about_ten_times_as_long():
+    sets = [(jax.random.normal(jax.random.key(i), (64, 64)),) for i in range(2)]
+    short, long = (time_calls(lambda a, n=n: multiply(n, a), sets, samples=5) for n in (30, 300))
+    assert 5 < long.median / short.median < 20
+    assert long.lower <= long.median <= long.upper
+
+
+def test_two_inputs_do_not_count_twice():
+    one, four = (
+        time_calls(
+            lambda a: multiply(100, a), [(jax.random.normal(jax.random.key(i), (64, 64)),) for i in range(n)], samples=5
+        )
+        for n in (1, 4)
+    )
+    assert 0.5 < four.median / one.median < 2
