@@ -15,7 +15,7 @@ from pallas_kernels.selective_scan.inputs import Inputs
 from pallas_kernels.selective_scan.mosaic_gpu import backward, forward, parts, plan
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import KEEP_LANES, Problem
 from pallas_kernels.selective_scan.mosaic_gpu.elementwise import LOG2_E
-from pallas_kernels.selective_scan.mosaic_gpu.geometry import MAX_STATE, Geometry
+from pallas_kernels.selective_scan.mosaic_gpu.geometry import MAX_STATE
 from pallas_kernels.sharding import vary_like
 
 _TOKEN_DTYPES = ("float32", "bfloat16", "float16")
@@ -155,7 +155,7 @@ def _prepare(arrays: Arrays, delta_softplus: bool, choose: Any) -> tuple[Problem
     batch, length, channels = arrays["x"].shape
     groups, state = arrays["B"].shape[2:]
     width = plan.padded_channels(channels // groups, state) * groups
-    chosen = choose(batch, length, width, groups, plan.padded_state(state), arrays["x"].dtype.itemsize)
+    chosen = choose(batch, length, width, groups, plan.padded_state(state))
     g = chosen.geometry
     p = Problem(g, batch, length, width, groups, delta_softplus, chosen.num_parts)
     padded = {}

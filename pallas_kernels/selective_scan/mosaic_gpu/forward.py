@@ -15,7 +15,7 @@ from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
 from pallas_kernels.selective_scan.mosaic_gpu.elementwise import sigmoid
-from pallas_kernels.selective_scan.mosaic_gpu.geometry import Geometry
+from pallas_kernels.selective_scan.mosaic_gpu.geometry import SAVED_STEPS, Geometry
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> dict[str, jax.Array]:
@@ -24,18 +24,18 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
     Args:
         p: shapes and options.
         inputs: as ``Problem`` describes them; with several parts also what ``parts.summarize`` returned.
-        save_states: whether to return the state before each chunk.
+        save_states: whether to return the state before every ``SAVED_STEPS``-th step.
 
     Returns:
         "y" like "x"; "final_state" like "initial_state"; with ``save_states`` "states", the same with a dimension of
-        chunks after the batch.
+        saved states after the batch.
     """
     g = p.geometry
     streamed = [name for name in ("x", "delta", "BC", "z", "keep") if name in inputs]
     outputs: dict[str, Any] = {"y": p.token_type(inputs["x"])}
     outputs["final_state"] = p.state_type()
     if save_states:
-        outputs["states"] = p.state_type(p.num_chunks)
+        outputs["states"] = p.state_type(p.stored_length // SAVED_STEPS)
     scratch = p.buffers(inputs, streamed) | {
         "step_size": plgpu.SMEM((g.steps, g.channels), jnp.float32),
         "input": plgpu.SMEM((g.steps, g.channels), jnp.float32),
@@ -48,15 +48,17 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         p.load_parameters(gmem, smem, block)
 
         def chunk(index: Any, refs: Refs, h: State) -> State:
-            if save_states:
-                blocks.store_state(g, gmem["states"].at[block.batch, index, :, block.channels], h)
             tiles = g.token_tiles()
             x = [blocks.load_token(g, refs["x"], channels) for channels in tiles]
             step_size = [p.step_sizes(smem, refs, index, channels) for channels in tiles]
             blocks.store_tokens(g, smem["step_size"], step_size)
             blocks.store_tokens(g, smem["input"], [s * x for s, x in zip(step_size, x, strict=True)])
             synchronize()
-            h = _walk(p, refs, smem, A, h)
+            for piece in range(g.steps // SAVED_STEPS):
+                if save_states:
+                    saved = index * (g.steps // SAVED_STEPS) + piece
+                    blocks.store_state(g, gmem["states"].at[block.batch, saved, :, block.channels], h)
+                h = _walk(p, refs, smem, A, h, piece * SAVED_STEPS)
             synchronize()
             blocks.store_tokens(g, refs["x"], [_output(g, refs, smem, channels) for channels in tiles])
             plgpu.commit_smem()
@@ -73,8 +75,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
     return results | {"y": p.trim(results["y"])}
 
 
-def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State) -> State:
-    """Takes the steps of a chunk; leaves each lane's part of C h in shared memory."""
+def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State, start: int) -> State:
+    """Takes ``SAVED_STEPS`` steps of a chunk; leaves each lane's part of C h in shared memory."""
     g = p.geometry
 
     def operands(t: Any) -> tuple[Any, ...]:
@@ -84,7 +86,7 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State) -> State:
         return step_size, x, blocks.load_B(g, refs, t), blocks.load_C(g, refs, t), keep
 
     def steps(i: Any, h: State) -> State:
-        rows = [i * g.unroll + u for u in range(g.unroll)]
+        rows = [start + i * g.unroll + u for u in range(g.unroll)]
         # Loaded before the first store, past which the compiler would not move them.
         loaded = [operands(t) for t in rows]
         for t, (step_size, x, B, C, keep) in zip(rows, loaded, strict=True):
@@ -93,7 +95,7 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State) -> State:
                 store(smem["partial_y"].at[t, :, channels], jnp.sum(h[tile] * C, axis=2))
         return h
 
-    return lax.fori_loop(0, g.steps // g.unroll, steps, h)
+    return lax.fori_loop(0, SAVED_STEPS // g.unroll, steps, h)
 
 
 def _output(g: Geometry, refs: Refs, smem: Refs, channels: slice) -> jax.Array:

@@ -11,6 +11,9 @@ from pallas_kernels.mosaic_gpu_compat import LANES, WARPS, plgpu, register_tile
 Layout = Any
 
 MAX_STATE = 256
+MAX_TOKEN_CHANNELS = 64
+SAVED_STEPS = 16
+"""The forward kernel saves a state every so many steps for the backward kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Geometry:
     tiles: int
     """Register tiles of a block."""
     steps: int = 16
-    """Steps of a chunk: what is loaded, prepared and stored together. A state is saved for each."""
+    """Steps of a chunk: what is loaded, prepared and stored together. ``SAVED_STEPS`` in the backward kernel, a
+    multiple of it in the forward kernel."""
     history_steps: int = 8
     """Steps whose states the backward kernel holds in shared memory; it walks over a chunk in pieces of these."""
     stages: int = 2
@@ -84,15 +88,17 @@ class Geometry:
 
     @property
     def token_channels(self) -> int:
-        """Channels of a token tile: element-wise work goes over (steps, token_channels) at a time."""
-        return max(self.tile_channels, 8)
+        """Channels of a token tile: element-wise work goes over (steps, token_channels) at a time.
+
+        A power of two, as wide as the block allows: narrow rows of 16-bit data share banks.
+        """
+        widest = min(self.channels & -self.channels, MAX_TOKEN_CHANNELS)
+        return max(widest, self.tile_channels)
 
     @functools.cached_property
     def token_layout(self) -> Layout:
         """Of a token tile: neighbouring lanes own neighbouring channels, as wide as shared memory reads."""
         rows = min(self.steps // WARPS, LANES)
-        if LANES // rows > self.token_channels:
-            raise ValueError(f"{self} has too few channels for its steps")
         while (vector := self.token_channels * rows // LANES) > 4:  # 16 bytes of float32
             rows //= 2
         width = self.token_channels

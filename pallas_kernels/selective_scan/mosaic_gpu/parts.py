@@ -1,7 +1,7 @@
 """Summaries of parts of the sequence, where a problem has too few channels to fill the GPU.
 
 The length is cut into parts that run at the same time. What a part does to the state it receives is to let it decay and
-to add what it gathers from zero, so a first kernel finds both for every part, and the main one starts each of its blocks
+to add what it gathers from zero, so a first kernel finds both for every part, and the main one starts each block
 by carrying the state over the parts before it. The price is a second, shorter pass.
 """
 

@@ -1,4 +1,4 @@
-"""Which geometry a problem gets."""
+"""Which geometry a problem gets: what was fastest on an H200; docs/kernels.md has the measurements."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import dataclasses
 
 from pallas_kernels.selective_scan.mosaic_gpu.geometry import Geometry
 
-_SMS = 132
-_SHARED_MEMORY = 232_448 - 4_096
-"""Bytes a block may ask for on Hopper, less what the compiler takes for itself."""
+_MULTIPROCESSORS = 132
+"""Of an H100 or H200. Others are not far from it, and a plan for the wrong number is only somewhat slower."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +16,7 @@ class Plan:
 
     geometry: Geometry
     num_parts: int
+    """Parts of the length that run at the same time."""
 
 
 def padded_state(state: int) -> int:
@@ -25,26 +25,55 @@ def padded_state(state: int) -> int:
 
 
 def padded_channels(channels: int, state: int) -> int:
-    """Channels of a group that the kernels compute: whole register tiles, of at least 8 channels together."""
-    block = max(Geometry(padded_state(state), 1).tile_channels, 8)
+    """Channels of a group that the kernels compute: whole blocks of the smallest geometry."""
+    block = _geometries(padded_state(state))[-1].channels
     return -(-channels // block) * block
 
 
-def forward(batch: int, length: int, channels: int, groups: int, state: int, token_bytes: int) -> Plan:
-    """Plan of the forward kernel for padded channels and state."""
-    return _plan(batch, length, channels, groups, state, token_bytes, max_tiles=2)
+def forward(batch: int, length: int, channels: int, groups: int, state: int) -> Plan:
+    """Plan of the forward kernel.
 
-
-def backward(batch: int, length: int, channels: int, groups: int, state: int, token_bytes: int) -> Plan:
-    """Plan of the backward kernel for padded channels and state."""
-    return _plan(batch, length, channels, groups, state, token_bytes, max_tiles=2)
-
-
-def _plan(batch, length, channels, groups, state, token_bytes, max_tiles) -> Plan:
-    tile_channels = Geometry(state, 1).tile_channels
-    tiles = max(t for t in range(1, max_tiles + 1) if channels // groups % (t * tile_channels) == 0)
-    geometry = Geometry(state, tiles)
+    Args:
+        batch: size of the batch.
+        length: tokens of a sequence.
+        channels: channels of all groups, as padded by ``padded_channels``.
+        groups: groups of channels.
+        state: states of a channel, as padded by ``padded_state``.
+    """
+    geometries = _geometries(state, unroll=4)
+    geometry = _largest_that_fits(channels // groups, geometries)
+    single = geometries[-1]
+    if batch * channels // geometry.channels < 4 * _MULTIPROCESSORS <= 12 * batch * channels // single.channels:
+        # Too few blocks to share them out evenly, so rather more of half the size; with longer chunks, for which there
+        # is room in shared memory.
+        return Plan(dataclasses.replace(single, steps=32), 1)
     num_blocks = batch * channels // geometry.channels
+    if num_blocks >= 4 * _MULTIPROCESSORS:
+        return Plan(geometry, 1)
+    # Most of the GPU would have no block: then it pays to read the input twice.
     num_chunks = -(-length // geometry.steps)
-    num_parts = 1 if num_blocks >= _SMS else min(-(-2 * _SMS // num_blocks), max(1, num_chunks // 4))
-    return Plan(geometry, num_parts)
+    return Plan(geometry, max(min(8 * _MULTIPROCESSORS // num_blocks, num_chunks // 8), 1))
+
+
+def backward(batch: int, length: int, channels: int, groups: int, state: int) -> Plan:
+    """Plan of the backward kernel; the arguments are those of ``forward``."""
+    geometry = _largest_that_fits(channels // groups, _geometries(state))
+    num_blocks = batch * channels // geometry.channels
+    if num_blocks >= 2 * _MULTIPROCESSORS:
+        return Plan(geometry, 1)
+    # The pass over the parts costs little beside the backward kernel, of which a multiprocessor wants three blocks.
+    num_chunks = -(-length // geometry.steps)
+    num_parts = 3 * _MULTIPROCESSORS // num_blocks
+    if num_chunks > 256 * num_parts:
+        num_parts *= 2
+    return Plan(geometry, max(min(num_parts, num_chunks // 4), 1))
+
+
+def _geometries(state: int, unroll: int = 2) -> list[Geometry]:
+    """Geometries for a number of states, the largest block first; a block takes at least 8 channels."""
+    pair, single = (Geometry(state, tiles, unroll=unroll) for tiles in (2, 1))
+    return [pair, single] if single.channels >= 8 else [pair]
+
+
+def _largest_that_fits(channels: int, geometries: list[Geometry]) -> Geometry:
+    return next(g for g in geometries if channels % g.channels == 0)

@@ -1,0 +1,255 @@
+"""The selective scan's GPU kernels: interpreted on a CPU, lowered for CUDA, and run where there is a GPU."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mosaic_gpu_compat import plgpu
+from pallas_kernels.selective_scan import mosaic_gpu
+from pallas_kernels.selective_scan.inputs import Inputs
+from pallas_kernels.selective_scan.mosaic_gpu import plan
+
+OPTIONAL = ("D", "z", "delta_bias", "segment_ids", "initial_state")
+BENCHMARK_SHAPES = ((8, 2048, 5120, 16), (8, 2048, 1536, 16), (1, 2048, 1536, 16), (1, 131072, 1536, 16))
+
+
+def make_inputs(batch, length, channels, state, *, groups=1, dtype="float32", optional=OPTIONAL):
+    """Fresh random inputs, with decays from 1 - 1e-6 to less than 1e-30."""
+    random = np.random.default_rng()
+
+    def tokens(*dims):
+        return jnp.asarray(random.normal(size=dims)).astype(dtype)
+
+    def floats(*dims):
+        return jnp.asarray(random.normal(size=dims), jnp.float32)
+
+    extra = {
+        "D": floats(channels),
+        "z": tokens(batch, length, channels),
+        "delta_bias": floats(channels) - 3,
+        "segment_ids": jnp.asarray(np.sort(random.integers(0, 3, size=(batch, length))), jnp.int32),
+        "initial_state": floats(batch, channels, state),
+    }
+    return Inputs(
+        x=tokens(batch, length, channels),
+        delta=tokens(batch, length, channels),
+        A=jnp.asarray(-np.exp(random.uniform(-9, 5, size=(channels, state))), jnp.float32),
+        B=tokens(batch, length, groups, state),
+        C=tokens(batch, length, groups, state),
+        **{name: array for name, array in extra.items() if name in optional},
+    )
+
+
+def definition(inputs, *, delta_softplus):
+    """The scan as the paper writes it, in the precision of its inputs."""
+    channels = inputs.x.shape[2]
+    delta = inputs.delta if inputs.delta_bias is None else inputs.delta + inputs.delta_bias
+    delta = jnp.logaddexp(delta, 0.0) if delta_softplus else delta
+    group = np.arange(channels) // (channels // inputs.B.shape[2])
+    ids = inputs.segment_ids
+    keep = jnp.ones(inputs.x.shape[:2]) if ids is None else jnp.diff(ids, axis=1, prepend=ids[:, :1]) == 0
+
+    def step(h, token):
+        x, delta, B, C, keep = token
+        h = jnp.exp(delta[..., None] * inputs.A) * h * keep[:, None, None] + (delta * x)[..., None] * B[:, group]
+        return h, jnp.sum(C[:, group] * h, axis=-1)
+
+    h = inputs.initial_state
+    h = jnp.zeros((len(inputs.x), *inputs.A.shape), inputs.x.dtype) if h is None else h
+    tokens = jax.tree.map(lambda array: jnp.swapaxes(array, 0, 1), (inputs.x, delta, inputs.B, inputs.C, keep))
+    h, y = jax.lax.scan(step, h, tokens)
+    y = jnp.swapaxes(y, 0, 1)
+    y = y if inputs.D is None else y + inputs.D * inputs.x
+    return (y if inputs.z is None else y * inputs.z / (1 + jnp.exp(-inputs.z))), h
+
+
+def values_and_gradients(run, inputs, dy, dstate, delta_softplus=True):
+    """All results of a scan by name: y, the final state, and the gradient of every floating-point input."""
+    arrays = {name: a for name, a in inputs._asdict().items() if a is not None and name != "segment_ids"}
+    (y, state), vjp = jax.vjp(lambda a: run(inputs._replace(**a), delta_softplus=delta_softplus), arrays)
+    (gradients,) = vjp((dy, dstate))
+    return {"y": y, "final_state": state} | {f"d{name}": gradient for name, gradient in gradients.items()}
+
+
+def cotangents(inputs):
+    random = np.random.default_rng()
+    state = (len(inputs.x), *inputs.A.shape)
+    return (
+        jnp.asarray(random.normal(size=inputs.x.shape)).astype(inputs.x.dtype),
+        jnp.asarray(random.normal(size=state), jnp.float32),
+    )
+
+
+def widened(tree):
+    """The same numbers in float64."""
+    return jax.tree.map(lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
+def assert_right(inputs, delta_softplus=True, interpret=True):
+    """Compares values and gradients with the definition in float64, to the bar of the design."""
+    dy, dstate = cotangents(inputs)
+    run = jax.jit(functools.partial(values_and_gradients, mosaic_gpu.selective_scan, delta_softplus=delta_softplus))
+    if interpret:
+        with plgpu.force_gpu_interpret_mode():
+            results = run(inputs, dy, dstate)
+    else:
+        results = run(inputs, dy, dstate)
+        again = run(inputs, dy, dstate)
+        for name, array in results.items():
+            assert (array == again[name]).all(), f"{name} differs from run to run"
+    with jax.enable_x64(True):
+        run = jax.jit(functools.partial(values_and_gradients, definition, delta_softplus=delta_softplus))
+        expected = run(*widened((inputs, dy, dstate)))
+    rounded = inputs.x.dtype.itemsize == 2
+    for name, array in results.items():
+        wide, reference = np.asarray(array, np.float64), np.asarray(expected[name])
+        error = np.linalg.norm(wide - reference) / np.linalg.norm(reference)
+        is_value = name in ("y", "final_state")
+        bar = (5e-3 if is_value else 1e-2) if rounded else (1e-5 if is_value else 1e-4)
+        assert error <= bar, f"{name}: relative error {error:.1e}, allowed {bar:.0e}"
+
+
+@pytest.mark.parametrize(
+    ("dims", "options"),
+    [
+        ((2, 19, 40, 16), {}),
+        ((1, 16, 6, 3), {"groups": 2, "optional": ()}),
+        ((1, 1, 8, 1), {"optional": ("initial_state", "delta_bias")}),
+        ((1, 18, 16, 64), {"dtype": "bfloat16"}),
+    ],
+    ids=["all features", "bare, two groups", "one token", "bfloat16, wide state"],
+)
+def test_interpreted_kernels_compute_the_definition_and_its_gradient(dims, options):
+    assert_right(make_inputs(*dims, **options))
+
+
+def test_step_sizes_are_taken_as_they_are_without_the_softplus():
+    inputs = make_inputs(1, 17, 8, 4, optional=("z",))
+    assert_right(inputs._replace(delta=jnp.abs(inputs.delta) / 10), delta_softplus=False)
+
+
+def test_parts_of_a_long_sequence_join_to_the_whole():
+    inputs = make_inputs(1, 260, 32, 16, optional=("segment_ids", "initial_state"))
+    assert plan.forward(1, 260, 32, 1, 16).num_parts > 1
+    assert plan.backward(1, 260, 32, 1, 16).num_parts > 1
+    assert_right(inputs)
+
+
+@pytest.mark.parametrize("shared_parameters", [True, False])
+def test_vmap_is_a_loop(shared_parameters):
+    instances = [make_inputs(1, 17, 32, 16, optional=("D",)) for _ in range(2)]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *instances)
+    axes = Inputs(*(None if array is None else 0 for array in stacked))
+    if shared_parameters:
+        shared = {"A": instances[0].A, "D": instances[0].D}
+        instances = [one._replace(**shared) for one in instances]
+        stacked, axes = stacked._replace(**shared), axes._replace(A=None, D=None)
+    scan = functools.partial(mosaic_gpu.selective_scan, delta_softplus=True)
+    with plgpu.force_gpu_interpret_mode():
+        y, state = jax.vmap(scan, in_axes=(axes,))(stacked)
+        expected = [scan(one) for one in instances]
+    for i, (one_y, one_state) in enumerate(expected):
+        np.testing.assert_array_equal(y[i], one_y)
+        np.testing.assert_array_equal(state[i], one_state)
+
+
+def lower_with_gradient(dims, dtype, groups=1):
+    batch, length, channels, state = dims
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    token, matrix = array(batch, length, channels), array(batch, length, groups, state)
+    parameter = array(channels, dtype="float32")
+    inputs = Inputs(token, token, array(channels, state, dtype="float32"), matrix, matrix, parameter, token, parameter)
+    state_type = array(batch, channels, state, dtype="float32")
+    run = functools.partial(values_and_gradients, mosaic_gpu.selective_scan)
+    return jax.jit(run).trace(inputs, token, state_type).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("dims", BENCHMARK_SHAPES, ids=str)
+def test_benchmark_shapes_lower_for_cuda(dims):
+    assert "mosaic_gpu" in lower_with_gradient(dims, "bfloat16")
+
+
+@pytest.mark.parametrize("state", [1, 8, 64, 256])
+def test_other_state_sizes_lower_for_cuda(state):
+    assert "mosaic_gpu" in lower_with_gradient((2, 1000, 130, state), "float32", groups=2)
+
+
+def test_at_most_one_state_in_sixteen_steps_is_saved():
+    inputs = make_inputs(2, 64, 32, 16)
+    _, residuals = jax.eval_shape(functools.partial(mosaic_gpu._scan_forward, delta_softplus=True), as_arrays(inputs))
+    arrays, states = residuals
+    assert sum(a.size for a in arrays.values()) == sum(a.size for a in as_arrays(inputs).values())
+    assert states.size == 2 * (64 // 16) * 32 * 16
+
+
+def as_arrays(inputs):
+    return {name: a for name, a in inputs._asdict().items() if a is not None and name != "segment_ids"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: i._replace(A=i.A.astype(jnp.complex64)), "A must be real"),
+        (lambda i: i._replace(z=i.z.astype(jnp.int32)), "z must be one of"),
+        (lambda i: i._replace(A=jnp.zeros((8, 300))), "state must be at most 256, got 300"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_named(change, message, no_shape_checks):
+    reason = mosaic_gpu.unsupported_reason(change(make_inputs(1, 4, 8, 4)), delta_softplus=True)
+    assert reason is not None
+    assert message in reason
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_a_cpu_is_named_as_what_is_missing():
+    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 8, 4), delta_softplus=True)
+    assert reason == "it needs an NVIDIA GPU, the default device is a cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 1000, 2048, 4097])
+def test_any_length_on_a_gpu(length, dtype):
+    assert_right(make_inputs(2, length, 130, 16, dtype=dtype), interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("state", [1, 8, 16, 64, 128, 256])
+@pytest.mark.parametrize("channels", [8, 256, 1536])
+def test_any_size_on_a_gpu(channels, state, dtype):
+    assert_right(make_inputs(1, 100, channels, state, dtype=dtype), interpret=False)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31_on_a_gpu():
+    length, channels = 2**20 + 3, 2**11 + 64
+    batch = make_inputs(1, 32, channels, 4, dtype="bfloat16", optional=("z",))
+    tail = 32
+
+    def token(array):
+        return jnp.pad(array, ((0, 0), (length - tail, 0), (0, 0)))
+
+    def matrix(array):
+        return jnp.pad(array, ((0, 0), (length - tail, 0), (0, 0), (0, 0)))
+
+    long = batch._replace(x=token(batch.x), delta=token(batch.delta), z=token(batch.z))
+    long = long._replace(B=matrix(batch.B), C=matrix(batch.C))
+    assert long.x.size > 2**31
+    scan = jax.jit(functools.partial(mosaic_gpu.selective_scan, delta_softplus=True))
+    y, state = scan(long)
+    expected_y, expected_state = scan(batch)
+    error = jnp.linalg.norm((y[:, -tail:] - expected_y).astype(jnp.float32)) / jnp.linalg.norm(
+        expected_y.astype(jnp.float32)
+    )
+    assert error < 5e-3
+    assert not y[:, :-tail].any()
+    np.testing.assert_allclose(state, expected_state, rtol=1e-5, atol=1e-6)
