@@ -97,8 +97,10 @@ class Problem:
 
     def block(self) -> Block:
         """The block that is running."""
-        channels = pl.ds(lax.axis_index("channels") * self.geometry.channels, self.geometry.channels)
-        return Block(lax.axis_index("batch"), lax.axis_index("tokens"), channels)
+        column = lax.axis_index("columns")
+        first_channel = lax.rem(column, self.channel_blocks) * self.geometry.channels
+        channels = pl.ds(first_channel, self.geometry.channels)
+        return Block(lax.div(column, self.channel_blocks), lax.axis_index("tokens"), channels)
 
     def first_token(self, block: Block, warp: int) -> Any:
         """Where a warp's stretch begins."""
@@ -121,8 +123,9 @@ class Problem:
             kernel_body,
             out_type=tuple(outputs.values()),
             scratch_types=dict(scratch),
-            grid=(self.batch, self.token_blocks, self.channel_blocks),
-            grid_names=("batch", "tokens", "channels"),
+            # The last dimension may be large, the others no more than 65535.
+            grid=(self.token_blocks, self.batch * self.channel_blocks),
+            grid_names=("tokens", "columns"),
             compiler_params=_COMPILER_PARAMS,
         )
         with jax.enable_x64(False):  # Python's numbers are 32 bits wide in a kernel, whatever the caller's are.
