@@ -1,0 +1,56 @@
+"""The kernels of both operators inside ``jax.shard_map``, lowered for CUDA: the interpreter cannot run them there."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.causal_conv1d import causal_conv1d
+from pallas_kernels.causal_conv1d import mosaic_gpu as conv_kernels
+from pallas_kernels.selective_scan import mosaic_gpu as scan_kernels
+from pallas_kernels.selective_scan import selective_scan
+
+
+@pytest.fixture(autouse=True)
+def _pretend_to_have_the_hardware(monkeypatch):
+    for kernels in (conv_kernels, scan_kernels):
+        monkeypatch.setattr(kernels, "missing_hardware", lambda: None)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2), (1, 2, 1)])
+def test_a_layer_and_its_gradients_lower_on_a_mesh(sizes):
+    axes = ("data", "sequence", "tensor")
+    token, matrix = P(*axes), P("data", "sequence", None)
+    shapes_and_specs = {
+        "x": ((4, 64, 256), token),
+        "delta": ((4, 64, 256), token),
+        "z": ((4, 64, 256), token),
+        "A": ((256, 16), P("tensor", None)),
+        "B": ((4, 64, 16), matrix),
+        "C": ((4, 64, 16), matrix),
+        "weight": ((4, 256), P(None, "tensor")),
+    }
+
+    def loss(arrays, segment_ids):
+        x = causal_conv1d(
+            arrays["x"], arrays["weight"], activation="silu", segment_ids=segment_ids, implementation="mosaic_gpu"
+        )
+        matrices = (arrays[name] for name in ("delta", "A", "B", "C"))
+        y, state = selective_scan(
+            x,
+            *matrices,
+            None,
+            arrays["z"],
+            segment_ids=segment_ids,
+            return_final_state=True,
+            implementation="mosaic_gpu",
+        )
+        return jnp.sum(y) + jnp.sum(state)
+
+    with jax.set_mesh(jax.make_mesh(sizes, axes, axis_types=(AxisType.Explicit,) * 3)):
+        arrays = {name: jnp.zeros(shape, out_sharding=spec) for name, (shape, spec) in shapes_and_specs.items()}
+        segment_ids = jnp.zeros((4, 64), jnp.int32, out_sharding=P("data", "sequence"))
+        traced = jax.jit(jax.value_and_grad(loss)).trace(arrays, segment_ids)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 4
