@@ -12,9 +12,9 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.batching import Arrays, batch_by_folding
 from pallas_kernels.causal_conv1d.inputs import Inputs
-from pallas_kernels.causal_conv1d.mosaic_gpu import geometry, kernels
+from pallas_kernels.causal_conv1d.mosaic_gpu import blocks, geometry, kernels
+from pallas_kernels.causal_conv1d.mosaic_gpu.blocks import Problem
 from pallas_kernels.causal_conv1d.mosaic_gpu.geometry import MAX_WIDTH
-from pallas_kernels.causal_conv1d.mosaic_gpu.kernels import Problem
 from pallas_kernels.causal_conv1d.state import final_state
 from pallas_kernels.mosaic_gpu_compat import missing_hardware
 from pallas_kernels.segments import segment_starts
@@ -119,7 +119,7 @@ def _prepare(arrays: Arrays, silu: bool) -> tuple[Problem, Arrays]:
     padded = {}
     for name, array in arrays.items():
         if name == "segment_ids":
-            padded["reach"] = kernels.reaches(p, segment_starts(array))
+            padded["reach"] = blocks.reaches(p, segment_starts(array))
         elif name in _PARAMETERS:
             padded[name] = _pad(array.astype(jnp.float32), p.padded_channels)
         elif array.size:

@@ -1,0 +1,276 @@
+"""What the kernels share: the stream of chunks, and moves between memories and registers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.causal_conv1d.mosaic_gpu.geometry import Geometry
+from pallas_kernels.mosaic_gpu_compat import WARPS, plgpu, store
+from pallas_kernels.sharding import vary_like
+
+Refs = Mapping[str, Any]
+Rows = tuple[jax.Array, ...]
+"""Arrays in registers, each with one number for every channel of every stretch of the block."""
+
+REACH_LANES = 8
+"""Numbers a step in "reach": at least one a warp, and enough bytes in a chunk for a bulk copy."""
+
+_COMPILER_PARAMS = plgpu.CompilerParams(
+    approx_math=True,
+    # A warp reads and writes only its own part of the buffers; what the copies need is fenced by hand, once a chunk.
+    unsafe_no_auto_barriers=True,
+    # Register layouts are given, not inferred.
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+)
+
+
+class Block(NamedTuple):
+    """Which piece of the problem this block works on."""
+
+    batch: Any
+    index: Any
+    """Number of its tokens' block."""
+    channels: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Shapes and options of one convolution.
+
+    The kernels' inputs by name: "x" and, backward, "dy", (batch, length, channels), with channels a multiple of 16
+    bytes; "weight", float32, (width, channels), and "bias", float32, (channels,), both padded to whole blocks of
+    channels; "initial_state", (batch, width - 1, channels), like x; "reach", what ``reaches`` returns.
+    """
+
+    geometry: Geometry
+    batch: int
+    length: int
+    channels: int
+    width: int
+    silu: bool
+
+    @property
+    def history(self) -> int:
+        return self.width - 1
+
+    @property
+    def token_blocks(self) -> int:
+        return -(-self.length // self.geometry.tokens)
+
+    @property
+    def channel_blocks(self) -> int:
+        return -(-self.channels // self.geometry.channels)
+
+    @property
+    def padded_channels(self) -> int:
+        return self.channel_blocks * self.geometry.channels
+
+    def block(self) -> Block:
+        """The block that is running."""
+        column = lax.axis_index("columns")
+        first_channel = lax.rem(column, self.channel_blocks) * self.geometry.channels
+        channels = pl.ds(first_channel, self.geometry.channels)
+        return Block(lax.div(column, self.channel_blocks), lax.axis_index("tokens"), channels)
+
+    def first_token(self, block: Block, warp: int) -> Any:
+        """Where a warp's stretch begins."""
+        return block.index * self.geometry.tokens + warp * self.geometry.stretch
+
+    def launch(
+        self,
+        body: Callable[[Refs, Refs], None],
+        inputs: Mapping[str, jax.Array],
+        outputs: Mapping[str, Any],
+        scratch: Refs,
+    ) -> dict[str, jax.Array]:
+        """Runs ``body(gmem, smem)`` in every block; it gets its references by name."""
+
+        def kernel_body(*gmem: Any, **smem: Any) -> None:
+            body(dict(zip([*inputs, *outputs], gmem, strict=True)), smem)
+
+        kernel_body.__name__ = f"causal_conv1d_{body.__name__}"
+        kernel = plgpu.kernel(
+            kernel_body,
+            out_type=tuple(outputs.values()),
+            scratch_types=dict(scratch),
+            # The last dimension may be large, the others no more than 65535.
+            grid=(self.token_blocks, self.batch * self.channel_blocks),
+            grid_names=("tokens", "columns"),
+            compiler_params=_COMPILER_PARAMS,
+        )
+        with jax.enable_x64(False):  # Python's numbers are 32 bits wide in a kernel, whatever the caller's are.
+            results = kernel(*inputs.values())
+        return {name: vary_like(array, inputs["x"]) for name, array in zip(outputs, results, strict=True)}
+
+
+def reaches(p: Problem, starts: jax.Array) -> jax.Array:
+    """Counts the earlier tokens, up to width - 1, that each token shares its segment with.
+
+    Args:
+        p: shapes.
+        starts: (batch, length), marks the first tokens of segments.
+
+    Returns:
+        (batch, token blocks, width - 1 + stretch, REACH_LANES) int32, as the warps of a block meet their tokens, one
+        in each of the first lanes. The backward walk's chunks begin after width - 1 tokens, the forward walk's at once.
+    """
+    g = p.geometry
+    same_segment = jnp.ones(starts.shape, bool)
+    reach = jnp.zeros(starts.shape, jnp.int32)
+    for back in range(p.history):
+        same_segment &= ~jnp.pad(starts, ((0, 0), (back, 0)))[:, : p.length]
+        reach += same_segment
+    first = g.stretch * jnp.arange(p.token_blocks * WARPS).reshape(p.token_blocks, 1, WARPS)
+    tokens = first + jnp.arange(p.history + g.stretch)[:, None]
+    by_warp = jnp.take(reach, tokens, axis=1, mode="fill", fill_value=0)
+    return jnp.pad(by_warp, ((0, 0), (0, 0), (0, 0), (0, REACH_LANES - WARPS)))
+
+
+def buffers(p: Problem, streamed: Sequence[str], dtype: Any) -> dict[str, Any]:
+    """Shared memory for what is streamed: for each name, one slot a stage."""
+    g = p.geometry
+    copies = sum(1 if name == "reach" else WARPS for name in streamed)
+    buffers: dict[str, Any] = {
+        name: plgpu.SMEM((g.stages, g.steps, REACH_LANES), jnp.int32)
+        if name == "reach"
+        else plgpu.SMEM((g.stages, WARPS, g.steps, g.channels), dtype)
+        for name in streamed
+    }
+    return buffers | {"barrier": plgpu.Barrier(num_arrivals=copies, num_barriers=g.stages)}
+
+
+def start_chunk(
+    p: Problem, gmem: Refs, smem: Refs, streamed: Sequence[str], block: Block, index: Any, slot: Any, lead: int
+) -> None:
+    """Starts loading a chunk of every stretch, ``lead`` tokens ahead. After the end of the sequence there are zeros."""
+    barrier = smem["barrier"].at[slot]
+    offset = index * p.geometry.steps + lead
+    for name in streamed:
+        if name == "reach":
+            source = gmem["reach"].at[block.batch, block.index, pl.ds(offset, p.geometry.steps)]
+            plgpu.copy_gmem_to_smem(source, smem["reach"].at[slot], barrier)
+        else:
+            for warp in range(WARPS):
+                tokens = pl.ds(p.first_token(block, warp) + offset, p.geometry.steps)
+                source = gmem[name].at[block.batch, tokens, block.channels]
+                plgpu.copy_gmem_to_smem(source, smem[name].at[slot, warp], barrier)
+
+
+def start_stream(p: Problem, gmem: Refs, smem: Refs, streamed: Sequence[str], block: Block, *, lead: int) -> None:
+    """Starts loading the first chunks."""
+    for i in range(p.geometry.stages):
+        start_chunk(p, gmem, smem, streamed, block, i, i, lead)
+
+
+def stream[C](
+    p: Problem,
+    gmem: Refs,
+    smem: Refs,
+    streamed: Sequence[str],
+    block: Block,
+    chunk: Callable[[Any, Refs, C], C],
+    carry: C,
+    *,
+    lead: int,
+) -> C:
+    """Calls ``chunk(index, refs, carry) -> carry`` for one chunk after the other, while the next ones are loaded."""
+    g = p.geometry
+
+    def step(i: Any, carry: C) -> C:
+        if g.chunks > g.stages:
+            # The copy out of the last but one chunk's slot has had a chunk's time to end.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+
+            @pl.when((i > 1) & (i - 2 + g.stages < g.chunks))
+            def _() -> None:
+                start_chunk(p, gmem, smem, streamed, block, i - 2 + g.stages, lax.rem(i - 2, g.stages), lead)
+
+        slot = lax.rem(i, g.stages)
+        plgpu.barrier_wait(smem["barrier"].at[slot])
+        return chunk(i, {name: smem[name].at[slot] for name in streamed}, carry)
+
+    carry = lax.fori_loop(0, g.chunks, step, carry)
+    plgpu.wait_smem_to_gmem(0)
+    return carry
+
+
+def store_chunk(p: Problem, ref: Any, target: Any, block: Block, index: Any) -> None:
+    """Starts storing a chunk of every stretch."""
+    plgpu.commit_smem()
+    for warp in range(WARPS):
+        tokens = pl.ds(p.first_token(block, warp) + index * p.geometry.steps, p.geometry.steps)
+        destination = target.at[block.batch, tokens, block.channels]
+        plgpu.copy_smem_to_gmem(ref.at[warp], destination, commit_group=warp == WARPS - 1)
+
+
+def load_history(p: Problem, gmem: Refs, smem: Refs, block: Block, warp: int) -> None:
+    """Starts loading the width - 1 inputs before a warp's stretch."""
+    destination, barrier = smem["head_x"].at[warp, : p.history], smem["head_barrier"]
+    before = p.first_token(block, warp) - p.history
+
+    def load(first: Any) -> None:
+        source = gmem["x"].at[block.batch, pl.ds(first, p.history), block.channels]
+        plgpu.copy_gmem_to_smem(source, destination, barrier)
+
+    if warp > 0:
+        load(before)
+    elif "initial_state" not in gmem:
+        # There are zeros after the end.
+        load(jnp.where(block.index == 0, p.length, before))
+    else:
+
+        @pl.when(block.index > 0)
+        def _() -> None:
+            load(before)
+
+        @pl.when(block.index == 0)
+        def _() -> None:
+            source = gmem["initial_state"].at[block.batch, :, block.channels]
+            plgpu.copy_gmem_to_smem(source, destination, barrier)
+
+
+def parameters(p: Problem, gmem: Refs, block: Block) -> tuple[Rows, jax.Array | None]:
+    """Loads the taps, the oldest token's first, and the bias."""
+    load = lambda ref: spread(p.geometry, plgpu.load(ref, layout=p.geometry.channel_layout, optimized=False), 1)  # noqa: E731
+    weight = tuple(load(gmem["weight"].at[i, block.channels]) for i in range(p.width))
+    return weight, load(gmem["bias"].at[block.channels]) if "bias" in gmem else None
+
+
+def sum_over_warps(g: Geometry, buffer: Any, row: jax.Array) -> jax.Array:
+    """Sums a row over the stretches; the result is in every warp."""
+    store(buffer, row)
+    plgpu.commit_smem()
+    rows = [plgpu.load(buffer.at[warp], layout=g.channel_layout, optimized=False) for warp in range(WARPS)]
+    plgpu.commit_smem()  # All have read the buffer before it is written again.
+    return functools.reduce(jnp.add, rows)
+
+
+def load_row(g: Geometry, ref: Any) -> jax.Array:
+    """Loads a row as float32."""
+    return plgpu.load(ref, layout=g.row_layout, optimized=False).astype(jnp.float32)
+
+
+def load_reach(p: Problem, refs: Refs, step: tuple[Any, ...]) -> jax.Array | None:
+    """Loads how far back a step's tokens see, for every channel; None where all see as far as the filter is wide."""
+    if "reach" not in refs or not p.history:
+        return None
+    reach = plgpu.load(refs["reach"].at[(*step, slice(WARPS))], layout=p.geometry.stretch_layout, optimized=False)
+    return spread(p.geometry, reach, 0)
+
+
+def spread(g: Geometry, array: jax.Array, dim: int) -> jax.Array:
+    """Broadcasts to a row; costs nothing, since every lane that needs a copy has one."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(array, g.row_shape, (dim,)), g.row_layout)
+
+
+def zeros(g: Geometry) -> jax.Array:
+    """Row of zeros."""
+    return plgpu.layout_cast(jnp.zeros(g.row_shape, jnp.float32), g.row_layout)
