@@ -66,9 +66,10 @@ def time_calls(function: Callable[..., Any], input_sets: Sequence[tuple[Any, ...
     output_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.out_info))
     room = int(_MAX_QUEUED_BYTES / max(output_bytes, 1))
     queued = max(1, min(math.ceil(_TARGET_SECONDS / once), room // 2))
-    times = sorted((run(2 * queued) - run(queued)) / (queued * len(input_sets)) for _ in range(samples))
-    lower, _, upper = statistics.quantiles(times, n=4) if samples > 1 else (times[0],) * 3
     calls = queued * len(input_sets)
+    # On a busy host the longer queue can be the faster one; a time is never zero, though.
+    times = sorted(max(run(2 * queued) - run(queued), 1e-9) / calls for _ in range(samples))
+    lower, _, upper = statistics.quantiles(times, n=4) if samples > 1 else (times[0],) * 3
     kernels = None
     if jax.default_backend() == "gpu":
         kernels = _kernel_seconds(lambda: run(queued)) / calls

@@ -15,7 +15,7 @@ def multiply(times: int, a: jax.Array) -> jax.Array:
 def test_ten_times_the_work_takes_about_ten_times_as_long():
     sets = [(jax.random.normal(jax.random.key(i), (64, 64)),) for i in range(2)]
     short, long = (time_calls(lambda a, n=n: multiply(n, a), sets, samples=5) for n in (30, 300))
-    assert 5 < long.median / short.median < 20
+    assert 3 < long.median / short.median < 30
     assert long.lower <= long.median <= long.upper
 
 
@@ -26,4 +26,4 @@ def test_two_inputs_do_not_count_twice():
         )
         for n in (1, 4)
     )
-    assert 0.5 < four.median / one.median < 2
+    assert 0.3 < four.median / one.median < 3
