@@ -213,6 +213,18 @@ def _prepare(options: argparse.Namespace) -> None:
     prepare.run(options)
 
 
+def _add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    from benchmarks import command
+
+    command.add_arguments(parser)
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from benchmarks import command
+
+    command.run(options)
+
+
 def _configs(options: argparse.Namespace) -> None:
     from train.settings import describe
 
@@ -230,5 +242,6 @@ COMMANDS = {
     "evaluate": _Command("Evaluate a trained model on held-out text.", _add_evaluate_arguments, _evaluate),
     "generate": _Command("Continue texts with a trained model.", _add_generate_arguments, _generate),
     "prepare": _Command("Turn text files into token files to train on.", _add_prepare_arguments, _prepare),
+    "benchmark": _Command("Time the operators and check their results.", _add_benchmark_arguments, _benchmark),
     "configs": _Command("List every setting with its type, default and meaning.", lambda parser: None, _configs),
 }
