@@ -201,7 +201,7 @@ def _run_backward(chosen: Plan) -> Callable[..., Any]:
         if p.num_parts > 1:
             padded |= parts.summarize(p, padded, reverse=True)
         results = backward.scan(p, padded)
-        return results["ddelta"], *results.values()
+        return results.pop("ddelta"), *results.values()
 
     return run
 

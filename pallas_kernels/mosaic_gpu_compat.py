@@ -19,6 +19,8 @@ WARPS = 4
 LANES = 32
 """Lanes of a warp."""
 
+_CAPABILITIES = ("9", "10")
+
 
 def register_tile(
     tiles: Sequence[Sequence[int]], warp_dims: Sequence[int], lane_dims: Sequence[int], vector_dim: int
@@ -65,6 +67,7 @@ def missing_hardware() -> str | None:
     if device.platform != "gpu":
         return f"it needs an NVIDIA GPU, the default device is a {device.platform}"
     capability = str(getattr(device, "compute_capability", ""))
-    if "." not in capability or int(capability.split(".")[0]) < 9:
-        return f"it needs compute capability 9.0 (Hopper) or later, {device.device_kind} has {capability or 'none'}"
+    if capability.split(".")[0] not in _CAPABILITIES:
+        # Consumer GPUs after Hopper have the bulk copies but less than half of the shared memory.
+        return f"it needs compute capability 9.0 (Hopper) or 10.0, {device.device_kind} has {capability or 'none'}"
     return None
