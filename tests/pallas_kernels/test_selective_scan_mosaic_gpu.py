@@ -140,22 +140,26 @@ def test_parts_of_a_long_sequence_join_to_the_whole():
     assert_right(inputs)
 
 
-@pytest.mark.parametrize("shared_parameters", [True, False])
-def test_vmap_is_a_loop(shared_parameters):
+@pytest.mark.parametrize("shared", [("A", "D", "C"), ("D",)], ids=["parameters and C shared", "A per instance"])
+def test_vmap_is_a_loop(shared):
     instances = [make_inputs(1, 17, 32, 16, optional=("D",)) for _ in range(2)]
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *instances)
-    axes = Inputs(*(None if array is None else 0 for array in stacked))
-    if shared_parameters:
-        shared = {"A": instances[0].A, "D": instances[0].D}
-        instances = [one._replace(**shared) for one in instances]
-        stacked, axes = stacked._replace(**shared), axes._replace(A=None, D=None)
-    scan = functools.partial(mosaic_gpu.selective_scan, delta_softplus=True)
+    common = {name: getattr(instances[0], name) for name in shared}
+    instances = [one._replace(**common) for one in instances]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *instances)._replace(**common)
+    axes = Inputs(*(None if array is None else 0 for array in stacked))._replace(**dict.fromkeys(shared))
+
+    def loss_and_gradient(inputs):
+        def loss(inputs):
+            y, state = mosaic_gpu.selective_scan(inputs, delta_softplus=True)
+            return jnp.sum(y) + jnp.sum(state)
+
+        return jax.value_and_grad(loss)(inputs)
+
     with plgpu.force_gpu_interpret_mode():
-        y, state = jax.vmap(scan, in_axes=(axes,))(stacked)
-        expected = [scan(one) for one in instances]
-    for i, (one_y, one_state) in enumerate(expected):
-        np.testing.assert_array_equal(y[i], one_y)
-        np.testing.assert_array_equal(state[i], one_state)
+        results = jax.jit(jax.vmap(loss_and_gradient, in_axes=(axes,)))(stacked)
+        run = jax.jit(loss_and_gradient)
+        expected = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[run(one) for one in instances])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), results, expected)
 
 
 def lower_with_gradient(dims, dtype, groups=1):
