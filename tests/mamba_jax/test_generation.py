@@ -5,12 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from mamba_jax.generation import Sampling, generate, prefill, sample, stream
 from mamba_jax.huggingface import mamba as hf
-from mamba_jax.mixers import Mamba1Config
-from mamba_jax.models.language_model import LanguageModelConfig
 from tests.mamba_jax import golden
 
 GREEDY = Sampling(temperature=0.0)
@@ -18,10 +15,11 @@ GREEDY = Sampling(temperature=0.0)
 
 @pytest.fixture(scope="module")
 def model():
-    config = LanguageModelConfig(
-        vocab_size=40, width=16, repeats=2, layers={"M": Mamba1Config(state_size=4)}, compute_dtype="float32"
+    """Random parameters of some size: what leaks into the state of such a model changes its next token."""
+    published = golden.load("mamba1_tiny")
+    return hf.model_from(
+        dataclasses.replace(hf.config_from(published.config), compute_dtype="float32"), published.weights
     )
-    return jax.jit(lambda: config.build(nnx.Rngs(0)))()
 
 
 PROMPTS = [[1, 2, 3], [4], list(range(5, 30))]
@@ -87,7 +85,7 @@ def test_a_continuation_ends_before_its_stop_token(model):
 
 
 def test_decoding_ends_when_every_prompt_has(model):
-    everything = list(range(40))
+    everything = list(range(96))
     parts = list(stream(model, PROMPTS, max_new_tokens=30, stop_tokens=everything, tokens_at_a_time=2))
     assert parts == [[[], [], []]]
 
@@ -133,7 +131,7 @@ def test_rows_are_drawn_independently():
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [([[1], []], "prompt 1 is empty"), ([[1, 40]], "prompt 0 has the token 40.*ends at 39"), ([[-1]], "the token -1")],
+    [([[1], []], "prompt 1 is empty"), ([[1, 96]], "prompt 0 has the token 96.*ends at 95"), ([[-1]], "the token -1")],
 )
 def test_prompts_that_cannot_be_continued_are_named(model, prompts, message):
     with pytest.raises(ValueError, match=message):
