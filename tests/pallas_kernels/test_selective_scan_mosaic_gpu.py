@@ -140,6 +140,23 @@ def test_parts_of_a_long_sequence_join_to_the_whole():
     assert_right(inputs)
 
 
+@pytest.mark.parametrize(
+    ("dims", "forward_is_split", "backward_is_split"),
+    [
+        ((8, 2048, 5120, 16), False, False),
+        ((8, 2048, 1536, 16), False, True),
+        ((1, 2048, 1536, 16), True, True),
+        ((1, 131072, 1536, 16), True, True),
+        ((1, 16, 1536, 16), False, False),
+    ],
+    ids=str,
+)
+def test_a_long_sequence_of_few_channels_is_split_into_parts(dims, forward_is_split, backward_is_split):
+    batch, length, channels, state = dims
+    assert (plan.forward(batch, length, channels, 1, state).num_parts > 1) == forward_is_split
+    assert (plan.backward(batch, length, channels, 1, state).num_parts > 1) == backward_is_split
+
+
 @pytest.mark.parametrize("shared", [("A", "D", "C"), ("D",)], ids=["parameters and C shared", "A per instance"])
 def test_vmap_is_a_loop(shared):
     instances = [make_inputs(1, 17, 32, 16, optional=("D",)) for _ in range(2)]

@@ -41,18 +41,17 @@ def forward(batch: int, length: int, channels: int, groups: int, state: int) -> 
         state: states of a channel, as padded by ``padded_state``.
     """
     geometries = _geometries(state, unroll=4)
-    geometry = _largest_that_fits(channels // groups, geometries)
-    single = geometries[-1]
-    if batch * channels // geometry.channels < 4 * _MULTIPROCESSORS <= 12 * batch * channels // single.channels:
-        # Too few blocks to share them out evenly, so rather more of half the size; with longer chunks, for which there
-        # is room in shared memory.
-        return Plan(dataclasses.replace(single, steps=32), 1)
+    geometry, single = _largest_that_fits(channels // groups, geometries), geometries[-1]
     num_blocks = batch * channels // geometry.channels
+    if 4 * batch * channels // single.channels < 3 * _MULTIPROCESSORS:
+        # A quarter of the GPU would have nothing to do: then it pays to read the input twice.
+        num_chunks = -(-length // geometry.steps)
+        return Plan(geometry, max(min(8 * _MULTIPROCESSORS // num_blocks, num_chunks // 8), 1))
     if num_blocks >= 4 * _MULTIPROCESSORS:
         return Plan(geometry, 1)
-    # Most of the GPU would have no block: then it pays to read the input twice.
-    num_chunks = -(-length // geometry.steps)
-    return Plan(geometry, max(min(8 * _MULTIPROCESSORS // num_blocks, num_chunks // 8), 1))
+    # Too few blocks to share them out evenly: rather more of half the size, with longer chunks where shared memory has
+    # room for them.
+    return Plan(dataclasses.replace(single, steps=32 if state <= 32 else 16), 1)
 
 
 def backward(batch: int, length: int, channels: int, groups: int, state: int) -> Plan:
