@@ -69,9 +69,12 @@ def backward(batch: int, length: int, channels: int, groups: int, state: int) ->
 
 
 def _geometries(state: int, unroll: int = 2) -> list[Geometry]:
-    """Geometries for a number of states, the largest block first; a block takes at least 8 channels."""
-    pair, single = (Geometry(state, tiles, unroll=unroll) for tiles in (2, 1))
-    return [pair, single] if single.channels >= 8 else [pair]
+    """Geometries for a number of states, the largest block first.
+
+    A block takes at least the 8 channels that fill a row of a bulk copy, and at most what shared memory holds.
+    """
+    geometries = [Geometry(state, tiles, unroll=unroll) for tiles in (2, 1)]
+    return [g for g in geometries if 8 <= g.channels <= 128]
 
 
 def _largest_that_fits(channels: int, geometries: list[Geometry]) -> Geometry:
