@@ -17,8 +17,8 @@ from jax import lax
 
 from pallas_kernels.causal_conv1d.mosaic_gpu import blocks
 from pallas_kernels.causal_conv1d.mosaic_gpu.blocks import Block, Problem, Refs, Rows
+from pallas_kernels.elementwise import sigmoid
 from pallas_kernels.mosaic_gpu_compat import WARPS, plgpu, store
-from pallas_kernels.selective_scan.mosaic_gpu.elementwise import sigmoid
 
 
 class Carry(NamedTuple):

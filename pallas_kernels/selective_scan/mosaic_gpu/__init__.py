@@ -7,20 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 
+from pallas_kernels.batching import Arrays, batch_by_folding
+from pallas_kernels.elementwise import LOG2_E
 from pallas_kernels.mosaic_gpu_compat import missing_hardware
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.selective_scan.inputs import Inputs
 from pallas_kernels.selective_scan.mosaic_gpu import backward, forward, parts, plan
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import KEEP_LANES, Problem
-from pallas_kernels.selective_scan.mosaic_gpu.elementwise import LOG2_E
 from pallas_kernels.selective_scan.mosaic_gpu.geometry import MAX_STATE
 from pallas_kernels.sharding import vary_like
 
 _TOKEN_DTYPES = ("float32", "bfloat16", "float16")
 
-Arrays = dict[str, jax.Array]
+_PARAMETERS = ("A", "D", "delta_bias")
 
 
 def unsupported_reason(inputs: Inputs, *, delta_softplus: bool) -> str | None:
@@ -64,7 +64,7 @@ def _scan_backward(
     dy, dfinal_state = cotangents
     more = {"states": states, "dy": dy, "dfinal_state": dfinal_state}
     gradients = _backward(delta_softplus)(arrays | more)
-    for name in ("A", "D", "delta_bias"):
+    for name in _PARAMETERS:
         if name in arrays:
             gradients[name] = jnp.sum(gradients[name], axis=0)
     return ({name: gradients[name].astype(array.dtype) for name, array in arrays.items()},)
@@ -77,7 +77,7 @@ _scan.defvjp(_scan_forward, _scan_backward)
 def _forward(delta_softplus: bool, save_states: bool) -> Any:
     """The forward pass on arrays as ``Inputs`` describes them."""
 
-    @_batch_by_folding
+    @functools.partial(batch_by_folding, parameters=_PARAMETERS)
     def run(arrays: Arrays) -> Arrays:
         p, padded = _prepare(arrays, delta_softplus, plan.forward)
         if p.num_parts > 1:
@@ -99,7 +99,7 @@ def _forward(delta_softplus: bool, save_states: bool) -> Any:
 def _backward(delta_softplus: bool) -> Any:
     """The backward pass: gradients by the names of their arrays, those of parameters one an element of the batch."""
 
-    @_batch_by_folding
+    @functools.partial(batch_by_folding, parameters=_PARAMETERS)
     def run(arrays: Arrays) -> Arrays:
         p, padded = _prepare(arrays, delta_softplus, plan.backward)
         if p.num_parts > 1:
@@ -123,31 +123,6 @@ def _backward(delta_softplus: bool) -> Any:
         return gradients
 
     return run
-
-
-def _batch_by_folding(run: Any) -> Any:
-    """Gives a function of arrays a batching rule: the new dimension joins the batch, unless parameters have it too."""
-    batched = custom_vmap(run)
-
-    @batched.def_vmap
-    def rule(axis_size: int, in_batched: list[dict[str, bool]], arrays: Arrays) -> tuple[Arrays, dict[str, bool]]:
-        (is_batched,) = in_batched
-        if any(is_batched[name] for name in ("A", "D", "delta_bias") if name in arrays):
-            stacked = {name: array for name, array in arrays.items() if is_batched[name]}
-            shared = {name: array for name, array in arrays.items() if not is_batched[name]}
-            results = jax.lax.map(lambda one: batched(shared | one), stacked)
-        else:
-            folded = {}
-            for name, array in arrays.items():
-                if name not in ("A", "D", "delta_bias"):
-                    if not is_batched[name]:
-                        array = jnp.broadcast_to(array, (axis_size, *array.shape))
-                    array = array.reshape(-1, *array.shape[2:])
-                folded[name] = array
-            results = {name: array.reshape(axis_size, -1, *array.shape[1:]) for name, array in batched(folded).items()}
-        return results, dict.fromkeys(results, True)
-
-    return batched
 
 
 def _prepare(arrays: Arrays, delta_softplus: bool, choose: Any) -> tuple[Problem, Arrays]:

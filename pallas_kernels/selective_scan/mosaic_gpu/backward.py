@@ -11,10 +11,10 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.elementwise import LN_2, sigmoid, softplus_gradient
 from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
-from pallas_kernels.selective_scan.mosaic_gpu.elementwise import LN_2, sigmoid, softplus_gradient
 
 Tokens = tuple[jax.Array, ...]
 

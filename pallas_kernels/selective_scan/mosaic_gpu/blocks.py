@@ -11,8 +11,8 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.elementwise import softplus
 from pallas_kernels.mosaic_gpu_compat import plgpu, store
-from pallas_kernels.selective_scan.mosaic_gpu.elementwise import softplus
 from pallas_kernels.selective_scan.mosaic_gpu.geometry import COMPILER_PARAMS, Geometry, Layout
 from pallas_kernels.sharding import vary_like
 

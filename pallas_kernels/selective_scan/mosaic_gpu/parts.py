@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.elementwise import sigmoid
 from pallas_kernels.mosaic_gpu_compat import plgpu, synchronize
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
-from pallas_kernels.selective_scan.mosaic_gpu.elementwise import sigmoid
 
 
 def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> dict[str, jax.Array]:
