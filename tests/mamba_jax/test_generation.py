@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 
 import jax
@@ -8,7 +7,6 @@ import pytest
 from flax import nnx
 
 from mamba_jax.generation import Sampling, generate, prefill, sample, stream
-from mamba_jax.huggingface import mamba as hf
 from mamba_jax.mixers import Mamba1Config
 from mamba_jax.models.language_model import LanguageModelConfig
 from tests.mamba_jax import golden
@@ -27,11 +25,9 @@ def model():
 PROMPTS = [[1, 2, 3], [4], list(range(5, 30))]
 
 
-@pytest.mark.parametrize("name", ["mamba1_tiny", "mamba1_options"])
+@pytest.mark.parametrize("name", ["mamba1_tiny", "mamba1_options", "mamba2_tiny", "mamba2_options"])
 def test_greedy_tokens_equal_those_of_transformers(name):
-    expected = golden.load(name)
-    config = dataclasses.replace(hf.config_from(expected.config), compute_dtype="float32")
-    model = hf.model_from(config, expected.weights)
+    expected, model = golden.load_model(name)
     new = generate(model, expected.input_ids.tolist(), max_new_tokens=16, sampling=GREEDY)
     np.testing.assert_array_equal(new, expected.continuation)
 
