@@ -23,7 +23,7 @@ class TestMamba2WithEveryOption(MixerContract):
         delta_limit_max=0.3,
         conv_bias=False,
         projection_bias=True,
-        implementation="xla",
+        implementation="reference",
     )
 
 
@@ -44,7 +44,7 @@ def test_step_sizes_start_log_uniform_between_their_bounds(mixer):
 
 def test_decay_rates_start_uniform_between_1_and_16(mixer):
     rate = np.exp(np.asarray(mixer.A_log[...], np.float64))
-    assert rate.min() >= 1 - 1e-5
+    assert 1 - 1e-5 <= rate.min() < 1.5
     assert rate.max() <= 16 * (1 + 1e-5)
     assert rate.mean() == pytest.approx(8.5, abs=1.1)
     assert rate.std() == pytest.approx(15 / np.sqrt(12), abs=0.6)
