@@ -37,6 +37,11 @@ def s4d_real_log(channels: int, state_size: int) -> Float[Array, "channels state
     return jnp.log(jnp.broadcast_to(jnp.arange(1, state_size + 1, dtype=jnp.float32), (channels, state_size)))
 
 
+def uniform_log(key: PRNGKeyArray, heads: int, *, minimum: float, maximum: float) -> Float[Array, " heads"]:
+    """log(-A) for -A uniform on [minimum, maximum], one a head: Mamba-2 (Dao & Gu 2024, arXiv:2405.21060)."""
+    return jnp.log(jax.random.uniform(key, (heads,), minval=minimum, maxval=maximum))
+
+
 def delta_bias(
     key: PRNGKeyArray, channels: int, *, minimum: float, maximum: float, floor: float
 ) -> Float[Array, " channels"]:

@@ -78,6 +78,17 @@ def shard_count(array: jax.Array, dim: int) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
+def groups_per_shard(matrix: jax.Array, shards: int) -> jax.Array:
+    """Repeats the groups of a (batch, length, groups, state) array that several shards of the channels or heads need.
+
+    Then each shard has its own. A single group serves all shards and stays as it is.
+    """
+    groups = matrix.shape[2]
+    if groups == 1 or groups % shards == 0:
+        return matrix
+    return jnp.repeat(matrix, math.lcm(groups, shards) // groups, axis=2)
+
+
 def vary_like(array: jax.Array, like: jax.Array) -> jax.Array:
     """Marks an array, equal on all devices, as varying over the manual mesh axes that another one varies over.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact, Int
 
 from pallas_kernels import implementation as implementations
-from pallas_kernels import sharding
-from pallas_kernels.selective_scan import sequence_parallel
+from pallas_kernels import sequence_parallel, sharding
 from pallas_kernels.selective_scan.inputs import Inputs
 from pallas_kernels.validation import INTEGER, REAL_OR_COMPLEX, Checker
 
@@ -126,10 +126,24 @@ def _run(inputs: Inputs, delta_softplus: bool, implementation: str | None) -> tu
     def scan_shard(inputs: Inputs, sequence_axis: sharding.Axis | None) -> tuple[jax.Array, jax.Array]:
         if sequence_axis is None:
             return scan(inputs)
-        return sequence_parallel.selective_scan(scan, inputs, sequence_axis, delta_softplus=delta_softplus)
+        decay = _decay(inputs, delta_softplus=delta_softplus)
+        return sequence_parallel.scan(scan, inputs, decay, sequence_axis)
 
-    inputs = _groups_per_shard(inputs)
+    shards = sharding.shard_count(inputs.x, 2)
+    inputs = inputs._replace(
+        B=sharding.groups_per_shard(inputs.B, shards), C=sharding.groups_per_shard(inputs.C, shards)
+    )
     return sharding.map_shards(scan_shard, inputs, _input_dims(inputs), _OUTPUT_DIMS)
+
+
+def _decay(inputs: Inputs, *, delta_softplus: bool) -> jax.Array:
+    """Returns what a state is multiplied by on its way through all tokens, (batch, channels, state)."""
+    delta = inputs.delta.astype(inputs.real_dtype)
+    if inputs.delta_bias is not None:
+        delta = delta + inputs.delta_bias
+    if delta_softplus:
+        delta = jax.nn.softplus(delta)
+    return jnp.exp(jnp.sum(delta, axis=1)[..., None] * inputs.A.astype(inputs.state_dtype))
 
 
 def _input_dims(inputs: Inputs) -> dict[str, sharding.Dims]:
@@ -147,21 +161,6 @@ def _input_dims(inputs: Inputs) -> dict[str, sharding.Dims]:
         "segment_ids": ("batch", "length"),
         "initial_state": _STATE,
     }
-
-
-def _groups_per_shard(inputs: Inputs) -> Inputs:
-    """Repeats groups that several shards of the channels need, so that each shard has its own."""
-    shards = sharding.shard_count(inputs.x, 2)
-    groups = inputs.B.shape[2]
-    if groups == 1 or groups % shards == 0:
-        return inputs
-    if shards % groups:
-        raise ValueError(
-            f"selective_scan: channels are sharded over {shards} devices, but B has {groups} groups; "
-            f"one of the two must be a multiple of the other."
-        )
-    repeats = shards // groups
-    return inputs._replace(B=jnp.repeat(inputs.B, repeats, axis=2), C=jnp.repeat(inputs.C, repeats, axis=2))
 
 
 def _canonical(operator, x, delta, A, B, C, D, z, delta_bias, segment_ids, initial_state) -> Inputs:

@@ -8,6 +8,9 @@ import pathlib
 
 import numpy as np
 
+from mamba_jax.huggingface import mamba, mamba2
+from mamba_jax.models.language_model import LanguageModel
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
@@ -40,3 +43,11 @@ def load(name: str) -> Golden:
         loss=float(arrays["loss"]),
         continuation=arrays["continuation"],
     )
+
+
+def load_model(name: str) -> tuple[Golden, LanguageModel]:
+    """The golden values, and our model of the same config and weights, in float32."""
+    expected = load(name)
+    family = {"mamba": mamba, "mamba2": mamba2}[expected.config["model_type"]]
+    config = dataclasses.replace(family.config_from(expected.config), compute_dtype="float32")
+    return expected, family.model_from(config, expected.weights)

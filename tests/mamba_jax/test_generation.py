@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 
 import jax
@@ -7,7 +6,6 @@ import numpy as np
 import pytest
 
 from mamba_jax.generation import Sampling, generate, prefill, sample, stream
-from mamba_jax.huggingface import mamba as hf
 from tests.mamba_jax import golden
 
 GREEDY = Sampling(temperature=0.0)
@@ -16,20 +14,15 @@ GREEDY = Sampling(temperature=0.0)
 @pytest.fixture(scope="module")
 def model():
     """Random parameters of some size: what leaks into the state of such a model changes its next token."""
-    published = golden.load("mamba1_tiny")
-    return hf.model_from(
-        dataclasses.replace(hf.config_from(published.config), compute_dtype="float32"), published.weights
-    )
+    return golden.load_model("mamba1_tiny")[1]
 
 
 PROMPTS = [[1, 2, 3], [4], list(range(5, 30))]
 
 
-@pytest.mark.parametrize("name", ["mamba1_tiny", "mamba1_options"])
+@pytest.mark.parametrize("name", ["mamba1_tiny", "mamba1_options", "mamba2_tiny", "mamba2_options"])
 def test_greedy_tokens_equal_those_of_transformers(name):
-    expected = golden.load(name)
-    config = dataclasses.replace(hf.config_from(expected.config), compute_dtype="float32")
-    model = hf.model_from(config, expected.weights)
+    expected, model = golden.load_model(name)
     new = generate(model, expected.input_ids.tolist(), max_new_tokens=16, sampling=GREEDY)
     np.testing.assert_array_equal(new, expected.continuation)
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import causal_conv1d, selective_scan
+from pallas_kernels import causal_conv1d, selective_scan, ssd
 from pallas_kernels.causal_conv1d import flops as conv_flops
 from pallas_kernels.selective_scan import flops as scan_flops
+from pallas_kernels.ssd import flops as ssd_flops
 
 BATCH, CHANNELS = 2, 64
 
@@ -38,6 +39,23 @@ def test_selective_scan(state):
     assert scan_flops.exponentials(BATCH, 1, CHANNELS, state) == exponentials
 
 
+@pytest.mark.parametrize("state", [16, 64])
+def test_ssd(state):
+    heads, head_dim = 4, 16
+    token, per_head, matrix = (BATCH, 1, heads, head_dim), (BATCH, 1, heads), (BATCH, 1, 1, state)
+
+    def run(x, delta, A, B, C, D, delta_bias, initial_state):
+        return ssd.ssd(
+            x, delta, A, B, C, D,
+            delta_bias=delta_bias, delta_softplus=True, initial_state=initial_state, implementation="reference",
+        )  # fmt: skip
+
+    initial_state = (BATCH, heads, head_dim, state)
+    flops, exponentials = counted(run, token, per_head, (heads,), matrix, matrix, (heads,), (heads,), initial_state)
+    assert ssd_flops.forward(BATCH, 1, heads, head_dim, state) == pytest.approx(flops, rel=0.1)
+    assert ssd_flops.exponentials(BATCH, 1, heads) == exponentials
+
+
 def test_causal_conv1d():
     def convolve(x, weight, bias):
         return causal_conv1d.causal_conv1d(x, weight, bias, activation="silu", implementation="xla")
@@ -54,3 +72,6 @@ def test_bytes_are_those_of_the_arrays_read_and_written():
     assert scan_flops.backward_bytes(8, 2048, 5120, 16, itemsize=2) == pytest.approx(7 / 4 * 671e6, rel=0.01)
     assert conv_flops.forward_bytes(8, 2048, 5120, itemsize=2) == pytest.approx(671e6 / 2, rel=0.01)
     assert conv_flops.backward_bytes(8, 2048, 5120, itemsize=2) == pytest.approx(671e6 * 3 / 4, rel=0.01)
+    # KERNELS: (8, 2048, 80 heads of 64, 1 group, state 128) moves 335 MB of x and y. The rest is little.
+    assert 1 < ssd_flops.forward_bytes(8, 2048, 80, 64, 128, itemsize=2) / 335e6 < 1.1
+    assert 3 / 2 < ssd_flops.backward_bytes(8, 2048, 80, 64, 128, itemsize=2) / 335e6 < 1.6

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from pallas_kernels.selective_scan import selective_scan, selective_scan_step
 from pallas_kernels.sharding import map_shards
+from pallas_kernels.ssd import ssd, ssd_step
 
 SPECS = {
     "batch": P("data", None, None),
@@ -70,17 +71,17 @@ def documents(length):
     return jnp.asarray([[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 2, 3]], jnp.int32)[:, :length]
 
 
-def scan_inputs(groups):
+def scan_inputs(groups, channels=4):
     return {
-        "x": random(2, 8, 4),
-        "delta": random(2, 8, 4),
-        "A": -jnp.exp(random(4, 3)),
+        "x": random(2, 8, channels),
+        "delta": random(2, 8, channels),
+        "A": -jnp.exp(random(channels, 3)),
         "B": random(2, 8, groups, 3),
         "C": random(2, 8, groups, 3),
-        "D": random(4),
-        "z": random(2, 8, 4),
-        "delta_bias": random(4),
-        "initial_state": random(2, 4, 3),
+        "D": random(channels),
+        "z": random(2, 8, channels),
+        "delta_bias": random(channels),
+        "initial_state": random(2, channels, 3),
     }
 
 
@@ -103,12 +104,38 @@ def test_selective_scan_whose_groups_several_shards_need(mesh):
     assert_sharding_changes_nothing(scan, scan_inputs(groups=2), None, spec, mesh)
 
 
-def test_groups_that_do_not_fit_the_shards_are_a_mistake(mesh):
-    B = random(2, 8, 3, 2)
-    with jax.set_mesh(mesh):
-        x = jax.device_put(random(2, 8, 6), P(None, None, "tensor"))
-        with pytest.raises(ValueError, match="channels are sharded over 2 devices, but B has 3 groups"):
-            selective_scan(x, x, -jnp.ones((6, 2)), B, B)
+def test_selective_scan_whose_groups_do_not_fit_the_shards(mesh):
+    inputs = scan_inputs(groups=3, channels=6)
+    assert_sharding_changes_nothing(scan, inputs, documents(8), P(None, None, "tensor"), mesh)
+
+
+def ssd_inputs(groups, heads=4):
+    return {
+        "x": random(2, 8, heads, 3),
+        "delta": random(2, 8, heads),
+        "A": -jnp.exp(random(heads)),
+        "B": random(2, 8, groups, 5),
+        "C": random(2, 8, groups, 5),
+        "D": random(heads),
+        "z": random(2, 8, heads, 3),
+        "delta_bias": random(heads),
+        "initial_state": random(2, heads, 3, 5),
+    }
+
+
+def run_ssd(inputs, segment_ids):
+    return ssd(**inputs, delta_softplus=True, segment_ids=segment_ids, return_final_state=True, chunk_size=3)
+
+
+@pytest.mark.parametrize("dims", ["length over two axes", "everything"])
+def test_ssd(dims, mesh):
+    assert_sharding_changes_nothing(run_ssd, ssd_inputs(groups=1), documents(8), P(*SPECS[dims], None), mesh)
+
+
+@pytest.mark.parametrize(("groups", "heads"), [(2, 4), (3, 6)])
+def test_ssd_with_groups_and_one_document(groups, heads, mesh):
+    spec = P("data", "sequence", "tensor", None)
+    assert_sharding_changes_nothing(run_ssd, ssd_inputs(groups, heads), None, spec, mesh)
 
 
 def conv_inputs(length, width):
@@ -147,6 +174,17 @@ def test_steps_keep_the_sharding_of_the_token(mesh):
     assert jax.typeof(state).sharding.spec == P("data", "tensor", None)
     np.testing.assert_allclose(state, increment, rtol=1e-5)
     np.testing.assert_allclose(filtered, x, rtol=1e-6)
+
+
+def test_ssd_steps_keep_the_sharding_of_the_token(mesh):
+    spec = P("data", "tensor", None)
+    x, delta, B = random(2, 4, 3), random(2, 4), random(2, 1, 5)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, spec)
+        y, state = ssd_step(jnp.zeros((2, 4, 3, 5)), placed, jnp.abs(delta), -jnp.ones(4), B, B)
+    assert jax.typeof(y).sharding.spec == spec
+    assert jax.typeof(state).sharding.spec == P("data", "tensor", None, None)
+    np.testing.assert_allclose(state, jnp.abs(delta)[..., None, None] * x[..., None] * B[:, :, None], rtol=1e-5)
 
 
 class Scaled(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mamba_jax.huggingface import mamba as hf
+from mamba_jax.huggingface import mamba, mamba2
 from mamba_jax.mixers import Mamba1Config
 from mamba_jax.models.language_model import LanguageModel, LanguageModelConfig, count_parameters
 from mamba_jax.models.presets import PRESETS, preset
@@ -30,11 +30,9 @@ def tokens(batch_size: int = 2, length: int = 11, seed: int = 0):
     return jax.random.randint(jax.random.key(seed), (batch_size, length), 0, CONFIG.vocab_size)
 
 
-@pytest.fixture(scope="module", params=["mamba1_tiny", "mamba1_options"])
+@pytest.fixture(scope="module", params=["mamba1_tiny", "mamba1_options", "mamba2_tiny", "mamba2_options"])
 def published(request) -> tuple[golden.Golden, LanguageModel]:
-    expected = golden.load(request.param)
-    config = dataclasses.replace(hf.config_from(expected.config), compute_dtype="float32")
-    return expected, hf.model_from(config, expected.weights)
+    return golden.load_model(request.param)
 
 
 def test_logits_equal_those_of_transformers(published):
@@ -63,7 +61,8 @@ def test_gradients_equal_those_of_transformers(published):
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(model)
     assert float(value) == pytest.approx(expected.loss, rel=1e-5)
-    ours = hf.weights_from(gradients)
+    family = mamba2 if "2" in model.config.pattern else mamba
+    ours = family.weights_from(gradients)
     assert ours.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
         error = np.linalg.norm(ours[name] - gradient) / np.linalg.norm(gradient)
@@ -78,6 +77,11 @@ def test_gradients_equal_those_of_transformers(published):
         ("mamba_790m", 793_204_224),
         ("mamba_1_4b", 1_372_178_432),
         ("mamba_2_8b", 2_768_345_600),
+        ("mamba2_130m", 128_989_632),
+        ("mamba2_370m", 368_346_624),
+        ("mamba2_780m", 780_161_280),
+        ("mamba2_1_3b", 1_343_757_312),
+        ("mamba2_2_7b", 2_702_599_680),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name, published_count):

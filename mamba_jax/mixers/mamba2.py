@@ -1,0 +1,241 @@
+"""Mamba-2: heads whose state decays by one scalar, computed as matrix products (Dao & Gu 2024, arXiv:2405.21060)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from mamba_jax import initializers, sharding
+from mamba_jax.layers.linear import Linear
+from mamba_jax.layers.norm import GatedRMSNorm
+from mamba_jax.layers.short_convolution import ShortConvolution
+from mamba_jax.mixers.base import Leaf
+from pallas_kernels.ssd import flops as ssd_flops
+from pallas_kernels.ssd import ssd, ssd_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config:
+    expand: int = 2
+    """Channels inside the mixer, as a multiple of the model's width."""
+    head_dim: int = 64
+    """Channels a head; it divides those inside the mixer."""
+    state_size: int = 128
+    """Size N of the state each channel keeps."""
+    groups: int = 1
+    """Groups of heads, each with a B and C of its own and normalised apart."""
+    conv_width: int = 4
+    """Tokens the causal convolution sees."""
+    decay_rate_min: float = 1.0
+    """Smallest decay rate -A an untrained model starts from."""
+    decay_rate_max: float = 16.0
+    """Largest decay rate -A an untrained model starts from."""
+    delta_min: float = 1e-3
+    """Smallest step size an untrained model starts from."""
+    delta_max: float = 0.1
+    """Largest step size an untrained model starts from."""
+    delta_floor: float = 1e-4
+    """Step sizes start no lower than this."""
+    delta_limit_min: float = 0.0
+    """Step sizes are never smaller than this."""
+    delta_limit_max: float | None = None
+    """Step sizes are never larger than this; None sets no limit."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square in the norm before the output projection."""
+    conv_bias: bool = True
+    """Whether the convolution has a bias."""
+    projection_bias: bool = False
+    """Whether the input and output projections have a bias."""
+    implementation: str | None = None
+    """Implementation of scan and convolution ('mosaic_gpu', 'xla', 'reference'); None takes the best one here."""
+
+    def __post_init__(self):
+        for name in ("expand", "head_dim", "state_size", "groups", "conv_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Mamba2.{name} = {getattr(self, name)} cannot be used: at least 1.")
+        for smaller, larger in (("delta_min", "delta_max"), ("decay_rate_min", "decay_rate_max")):
+            least, most = getattr(self, smaller), getattr(self, larger)
+            if not 0 < least <= most:
+                raise ValueError(f"Mamba2.{smaller} = {least} cannot be used: above 0, at most {larger} ({most}).")
+        least, most = self.delta_limit
+        if not 0 <= least <= most:
+            raise ValueError(
+                f"Mamba2.delta_limit_min = {least} cannot be used: at least 0, at most delta_limit_max ({most})."
+            )
+
+        if self.norm_epsilon <= 0:
+            raise ValueError(f"Mamba2.norm_epsilon = {self.norm_epsilon} cannot be used: above 0.")
+
+    @property
+    def delta_limit(self) -> tuple[float, float]:
+        """Least and largest step size, as ``ssd`` takes them."""
+        return self.delta_limit_min, math.inf if self.delta_limit_max is None else self.delta_limit_max
+
+    def num_heads(self, width: int) -> int:
+        """Heads in a model of this width.
+
+        Raises:
+            ValueError: the channels cannot be divided into such heads, or the heads into such groups.
+        """
+        heads, rest = divmod(self.expand * width, self.head_dim)
+        if rest:
+            raise ValueError(
+                f"Mamba2.head_dim = {self.head_dim} cannot be used: it must divide "
+                f"{self.expand * width} channels (expand x width)."
+            )
+        if heads % self.groups:
+            raise ValueError(
+                f"Mamba2.groups = {self.groups} cannot be used: it must divide {heads} heads "
+                f"(expand x width / head_dim)."
+            )
+        return heads
+
+    def build(self, width: int, *, num_layers: int, compute_dtype: DTypeLike, rngs: nnx.Rngs) -> Mamba2:
+        return Mamba2(self, width, num_layers=num_layers, compute_dtype=compute_dtype, rngs=rngs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mamba2State:
+    """What a Mamba-2 layer remembers of the tokens before."""
+
+    conv_x: Leaf
+    """Last inputs of the convolution of x, (batch, conv_width - 1, channels) in the compute dtype."""
+    conv_BC: Leaf
+    """Last inputs of the convolution of B and C, (batch, conv_width - 1, groups x 2 x state) in the compute dtype."""
+    ssm: Leaf
+    """State h, (batch, heads, head_dim, state) in float32."""
+
+
+class Mamba2(nnx.Module):
+    """u -> z, x, B, C, delta; x, B, C -> conv, SiLU; ssd; norm(y SiLU(z)) -> out_proj.
+
+    The published in_proj and conv1d are stored as the parts that a mesh shards differently: by heads, or by groups.
+    So neither taking them apart nor sharding them over ``tensor`` moves anything.
+    """
+
+    def __init__(self, config: Mamba2Config, width: int, *, num_layers: int, compute_dtype: DTypeLike, rngs: nnx.Rngs):
+        heads, groups = config.num_heads(width), config.groups
+        channels = heads * config.head_dim
+        # What follows heads or groups is sharded only where the whole ones can be dealt out evenly.
+        head_axis, group_axis = sharding.partition_spec((heads, groups), (sharding.TENSOR, sharding.TENSOR))
+        self.config = config
+        self.compute_dtype = jnp.dtype(compute_dtype)
+
+        def linear(in_features, out_features, axes, scale=1.0):
+            return Linear(
+                in_features,
+                out_features,
+                axes=axes,
+                weight_init=initializers.fan_in_uniform(in_features, scale),
+                bias=config.projection_bias,
+                compute_dtype=compute_dtype,
+                rngs=rngs,
+            )
+
+        def convolution(channels, axis):
+            return ShortConvolution(
+                channels,
+                config.conv_width,
+                axis=axis,
+                bias=config.conv_bias,
+                compute_dtype=compute_dtype,
+                implementation=config.implementation,
+                rngs=rngs,
+            )
+
+        def head_parameter(value):
+            return nnx.Param(sharding.reshard(value, (head_axis,)), weight_decay=False)
+
+        self.zx_proj = linear(width, (2, heads, config.head_dim), (sharding.FSDP, None, head_axis, None))
+        self.BC_proj = linear(width, (groups, 2, config.state_size), (sharding.FSDP, group_axis, None, None))
+        self.dt_proj = linear(width, heads, (sharding.FSDP, head_axis))
+        self.conv_x = convolution(channels, head_axis)
+        self.conv_BC = convolution(groups * 2 * config.state_size, group_axis)
+        self.dt_bias = head_parameter(
+            initializers.delta_bias(
+                rngs.params(), heads, minimum=config.delta_min, maximum=config.delta_max, floor=config.delta_floor
+            )
+        )
+        self.A_log = head_parameter(
+            initializers.uniform_log(rngs.params(), heads, minimum=config.decay_rate_min, maximum=config.decay_rate_max)
+        )
+        self.D = head_parameter(jnp.ones((heads,)))
+        self.norm = GatedRMSNorm(heads, config.head_dim, groups=groups, axis=head_axis, epsilon=config.norm_epsilon)
+        # The residual stream sums num_layers outputs: scaled like GPT-2's, its variance does not grow with depth.
+        self.out_proj = linear(channels, width, (head_axis, sharding.FSDP), num_layers**-0.5)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length width"],
+        *,
+        state: Mamba2State | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> tuple[Float[Array, "batch length width"], Mamba2State]:
+        z, x, BC, delta = self._project_in(x)
+        x, conv_x = self.conv_x(x, state=None if state is None else state.conv_x, segment_ids=segment_ids)
+        BC, conv_BC = self.conv_BC(BC, state=None if state is None else state.conv_BC, segment_ids=segment_ids)
+        y, ssm = ssd(
+            *self._ssd_inputs(x, BC, delta),
+            **self._ssd_options(),
+            segment_ids=segment_ids,
+            initial_state=None if state is None else state.ssm,
+            return_final_state=True,
+            implementation=self.config.implementation,
+        )
+        return self._project_out(y, z), Mamba2State(conv_x, conv_BC, ssm)
+
+    def step(
+        self, x: Float[Array, "batch width"], state: Mamba2State
+    ) -> tuple[Float[Array, "batch width"], Mamba2State]:
+        z, x, BC, delta = self._project_in(x)
+        x, conv_x = self.conv_x.step(x, state.conv_x)
+        BC, conv_BC = self.conv_BC.step(BC, state.conv_BC)
+        y, ssm = ssd_step(state.ssm, *self._ssd_inputs(x, BC, delta), **self._ssd_options())
+        return self._project_out(y, z), Mamba2State(conv_x, conv_BC, ssm)
+
+    def init_state(self, batch_size: int) -> Mamba2State:
+        heads, head_dim = self.norm.weight.shape
+        ssm = jnp.zeros((batch_size, heads, head_dim, self.config.state_size), jnp.float32)
+        return Mamba2State(
+            conv_x=self.conv_x.init_state(batch_size),
+            conv_BC=self.conv_BC.init_state(batch_size),
+            ssm=sharding.reshard(ssm, (sharding.BATCH, sharding.TENSOR, None, None)),
+        )
+
+    def flops(self, length: int) -> int:
+        heads, head_dim = self.norm.weight.shape
+        projections = (self.zx_proj, self.BC_proj, self.dt_proj, self.out_proj)
+        return (
+            length * sum(projection.flops for projection in projections)
+            + self.conv_x.flops(length)
+            + self.conv_BC.flops(length)
+            + ssd_flops.forward(1, length, heads, head_dim, self.config.state_size)
+            + length * self.norm.flops
+        )
+
+    def _project_in(self, u):
+        """z and delta by head, (..., heads, head_dim) and (..., heads); x, and B and C together, by channel."""
+        zx = self.zx_proj(u)
+        z, x = zx[..., 0, :, :], zx[..., 1, :, :]
+        BC = self.BC_proj(u)
+        return z, x.reshape(*x.shape[:-2], -1), BC.reshape(*BC.shape[:-3], -1), self.dt_proj(u)
+
+    def _ssd_inputs(self, x, BC, delta):
+        config = self.config
+        x = x.reshape(*x.shape[:-1], -1, config.head_dim)
+        BC = BC.reshape(*BC.shape[:-1], config.groups, 2, config.state_size)
+        return x, delta, -jnp.exp(self.A_log[...]), BC[..., 0, :], BC[..., 1, :], self.D[...]
+
+    def _ssd_options(self):
+        return {"delta_bias": self.dt_bias[...], "delta_softplus": True, "delta_limit": self.config.delta_limit}
+
+    def _project_out(self, y, z):
+        y = self.norm(y, z)
+        return self.out_proj(y.reshape(*y.shape[:-2], -1))

@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mamba_jax.mixers.mamba2 import Mamba2, Mamba2Config
+from tests.mamba_jax.mixers.contract import MixerContract
+
+
+class TestMamba2(MixerContract):
+    config = Mamba2Config(state_size=6, head_dim=4)
+
+
+class TestMamba2WithEveryOption(MixerContract):
+    config = Mamba2Config(
+        expand=3,
+        state_size=3,
+        head_dim=4,
+        groups=2,
+        conv_width=2,
+        delta_limit_min=0.02,
+        delta_limit_max=0.3,
+        conv_bias=False,
+        projection_bias=True,
+        implementation="reference",
+    )
+
+
+@pytest.fixture(scope="module")
+def mixer() -> Mamba2:
+    config = Mamba2Config(head_dim=4, state_size=5, groups=2)
+    return config.build(512, num_layers=9, compute_dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def test_step_sizes_start_log_uniform_between_their_bounds(mixer):
+    delta = np.asarray(jax.nn.softplus(mixer.dt_bias[...]), np.float64)
+    assert delta.min() >= 1e-3 * (1 - 1e-4)
+    assert delta.max() <= 0.1 * (1 + 1e-4)
+    logarithm = np.log10(delta)
+    assert logarithm.mean() == pytest.approx(-2, abs=0.15)
+    assert logarithm.std() == pytest.approx(2 / np.sqrt(12), abs=0.08)
+
+
+def test_decay_rates_start_uniform_between_1_and_16(mixer):
+    rate = np.exp(np.asarray(mixer.A_log[...], np.float64))
+    assert 1 - 1e-5 <= rate.min() < 1.5
+    assert rate.max() <= 16 * (1 + 1e-5)
+    assert rate.mean() == pytest.approx(8.5, abs=1.1)
+    assert rate.std() == pytest.approx(15 / np.sqrt(12), abs=0.6)
+
+
+def test_skip_and_norm_start_at_one(mixer):
+    np.testing.assert_array_equal(mixer.D[...], 1)
+    np.testing.assert_array_equal(mixer.norm.weight[...], 1)
+
+
+def test_projections_start_uniform_within_their_fan_in(mixer):
+    for weight, bound in [
+        (mixer.zx_proj.weight, 512**-0.5),
+        (mixer.BC_proj.weight, 512**-0.5),
+        (mixer.dt_proj.weight, 512**-0.5),
+        (mixer.conv_x.weight, 4**-0.5),
+        (mixer.out_proj.weight, 1024**-0.5 / 3),
+    ]:
+        largest = float(jnp.max(jnp.abs(weight[...])))
+        assert 0.95 * bound < largest <= bound
+        assert float(jnp.std(weight[...])) == pytest.approx(bound / np.sqrt(3), rel=0.06)
+
+
+def test_weight_decay_spares_what_sets_time_scales_and_norms(mixer):
+    for parameter in (mixer.A_log, mixer.D, mixer.dt_bias, mixer.norm.weight, mixer.conv_x.bias):
+        assert parameter.get_metadata("weight_decay") is False
+    assert mixer.zx_proj.weight.get_metadata().get("weight_decay", True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("expand", 0),
+        ("head_dim", 0),
+        ("state_size", 0),
+        ("groups", 0),
+        ("conv_width", 0),
+        ("decay_rate_min", 0.0),
+        ("decay_rate_min", 17.0),
+        ("delta_min", 0.0),
+        ("delta_min", 1.0),
+        ("delta_limit_min", -1.0),
+        ("norm_epsilon", 0.0),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"Mamba2\.{field} = {value}"):
+        Mamba2Config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Mamba2Config(), r"Mamba2\.head_dim = 64 cannot be used: it must divide 32 channels"),
+        (Mamba2Config(head_dim=4, groups=3), r"Mamba2\.groups = 3 cannot be used: it must divide 8 heads"),
+    ],
+)
+def test_heads_that_do_not_fit_the_width_are_a_mistake(config, message):
+    with pytest.raises(ValueError, match=message):
+        config.build(16, num_layers=1, compute_dtype=jnp.float32, rngs=nnx.Rngs(0))
