@@ -30,7 +30,7 @@ class ScaledDelta(nnx.Module):
     """delta -> scale · delta, behind the softplus."""
 
     def __init__(self, scale: Float[Array, "*repeats"]):
-        self.scale = scale
+        self.scale = nnx.data(scale)
 
     def __call__(
         self,

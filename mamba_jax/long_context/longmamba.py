@@ -89,14 +89,14 @@ class TokenFilter(nnx.Module):
 
     def __init__(
         self,
-        thresholds: Float[np.ndarray, "repeats lengths channels"],
+        thresholds: Float[np.ndarray, "*repeats lengths channels"],
         *,
         training_length: int,
         length: int | None = None,
     ):
         # Compared before the softplus, where delta comes from: what is kept passes as it is, to the last bit.
         before_softplus = inverse_softplus(jnp.asarray(thresholds, jnp.float32))
-        self.thresholds = jnp.where(thresholds > 0, before_softplus, -jnp.inf)
+        self.thresholds = nnx.data(jnp.where(thresholds > 0, before_softplus, -jnp.inf))
         self.training_length = training_length
         self.length = length
 

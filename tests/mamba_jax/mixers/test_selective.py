@@ -17,8 +17,7 @@ class TestMamba1ThatLeavesOutTokens(MixerContract):
         mixer = super().build(compute_dtype)
         # From the fourth token on, more and more of those whose step is below a bound of the channel's own.
         bounds = np.linspace(0.3, 1.5, 32)
-        filter_ = TokenFilter(np.linspace(0, 1, 193)[None, :, None] ** 0.25 * bounds, training_length=3)
-        mixer.extender = jax.tree.map(lambda leaf: leaf[0], filter_)
+        mixer.extender = TokenFilter(np.linspace(0, 1, 193)[:, None] ** 0.25 * bounds, training_length=3)
         return mixer
 
     def test_flops_grow_with_the_length_from_at_least_two_a_weight(self):
