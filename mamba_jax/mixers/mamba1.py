@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from mamba_jax import initializers, sharding
 from mamba_jax.layers.linear import Linear
 from mamba_jax.mixers.base import Leaf
+from mamba_jax.mixers.selective import Extender, Selection, extend
 from pallas_kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from pallas_kernels.causal_conv1d import flops as causal_conv1d_flops
 from pallas_kernels.selective_scan import flops as selective_scan_flops
@@ -67,10 +68,14 @@ class Mamba1State:
     """Last inputs of the convolution, (batch, conv_width - 1, channels) in the compute dtype."""
     ssm: Leaf
     """State h, (batch, channels, state) in float32."""
+    position: Leaf | None = None
+    """Tokens of the document so far, (batch,), where the layer has an extender."""
 
 
 class Mamba1(nnx.Module):
     """in_proj -> (x, z); x -> conv, SiLU -> (delta, B, C) -> selective scan, gated by SiLU(z) -> out_proj."""
+
+    extender: Extender | None = None
 
     def __init__(self, config: Mamba1Config, width: int, *, num_layers: int, compute_dtype: DTypeLike, rngs: nnx.Rngs):
         channels = config.expand * width
@@ -129,17 +134,15 @@ class Mamba1(nnx.Module):
         segment_ids: Int[Array, "batch length"] | None = None,
     ) -> tuple[Float[Array, "batch length width"], Mamba1State]:
         x, z = self._project_in(x)
-        x, conv_state = causal_conv1d(
-            x,
-            self.conv_weight[...].astype(self.compute_dtype),
-            self._conv_bias(),
-            activation="silu",
-            segment_ids=segment_ids,
-            initial_state=None if state is None else state.conv,
-            return_final_state=True,
-            implementation=self.config.implementation,
-        )
+        x, conv_state = self._convolve(x, None if state is None else state.conv, segment_ids)
         delta, B, C = self._select(x)
+        delta, position = extend(
+            self.extender,
+            delta,
+            self.dt_bias[...],
+            position=None if state is None else state.position,
+            segment_ids=segment_ids,
+        )
         y, ssm_state = selective_scan(
             x,
             delta,
@@ -155,7 +158,7 @@ class Mamba1(nnx.Module):
             return_final_state=True,
             implementation=self.config.implementation,
         )
-        return self.out_proj(y), Mamba1State(conv=conv_state, ssm=ssm_state)
+        return self.out_proj(y), Mamba1State(conv=conv_state, ssm=ssm_state, position=position)
 
     def step(
         self, x: Float[Array, "batch width"], state: Mamba1State
@@ -165,10 +168,27 @@ class Mamba1(nnx.Module):
             state.conv, x, self.conv_weight[...].astype(self.compute_dtype), self._conv_bias(), activation="silu"
         )
         delta, B, C = self._select(x)
+        delta, position = extend(self.extender, delta[:, None], self.dt_bias[...], position=state.position)
         y, ssm_state = selective_scan_step(
-            state.ssm, x, delta, self._A(), B, C, self.D[...], z, delta_bias=self.dt_bias[...], delta_softplus=True
+            state.ssm,
+            x,
+            delta[:, 0],
+            self._A(),
+            B,
+            C,
+            self.D[...],
+            z,
+            delta_bias=self.dt_bias[...],
+            delta_softplus=True,
         )
-        return self.out_proj(y), Mamba1State(conv=conv_state, ssm=ssm_state)
+        return self.out_proj(y), Mamba1State(conv=conv_state, ssm=ssm_state, position=position)
+
+    def selection(self, x: Float[Array, "batch length width"]) -> Selection:
+        x, _ = self._project_in(x)
+        x, _ = self._convolve(x, None, None)
+        delta, B, C = self._select(x)
+        delta, _ = extend(self.extender, delta, self.dt_bias[...])
+        return Selection(x, jax.nn.softplus(delta.astype(jnp.float32) + self.dt_bias[...]), self._A(), B, C)
 
     def init_state(self, batch_size: int) -> Mamba1State:
         channels, state_size = self.A_log.shape
@@ -177,6 +197,9 @@ class Mamba1(nnx.Module):
         return Mamba1State(
             conv=sharding.reshard(jnp.zeros(conv_shape, self.compute_dtype), (sharding.BATCH, None, sharding.TENSOR)),
             ssm=sharding.reshard(jnp.zeros(ssm_shape, jnp.float32), (sharding.BATCH, sharding.TENSOR, None)),
+            position=None
+            if self.extender is None
+            else sharding.reshard(jnp.zeros((batch_size,), jnp.int32), (sharding.BATCH,)),
         )
 
     def flops(self, length: int) -> int:
@@ -191,6 +214,18 @@ class Mamba1(nnx.Module):
     def _project_in(self, x):
         xz = self.in_proj(x)
         return xz[..., 0, :], xz[..., 1, :]
+
+    def _convolve(self, x, state, segment_ids):
+        return causal_conv1d(
+            x,
+            self.conv_weight[...].astype(self.compute_dtype),
+            self._conv_bias(),
+            activation="silu",
+            segment_ids=segment_ids,
+            initial_state=state,
+            return_final_state=True,
+            implementation=self.config.implementation,
+        )
 
     def _conv_bias(self):
         return None if self.conv_bias is None else self.conv_bias[...].astype(self.compute_dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -87,14 +87,15 @@ class Block(nnx.Module):
         )
 
     def __call__(self, x, *, state, segment_ids):
-        y, state = self.mixer(self._normalise(x), state=state, segment_ids=segment_ids)
+        y, state = self.mixer(self.normalise(x), state=state, segment_ids=segment_ids)
         return x + y.astype(x.dtype), state
 
     def step(self, x, state):
-        y, state = self.mixer.step(self._normalise(x), state)
+        y, state = self.mixer.step(self.normalise(x), state)
         return x + y.astype(x.dtype), state
 
-    def _normalise(self, x):
+    def normalise(self, x):
+        """What the mixer sees."""
         return self.norm(x).astype(self.compute_dtype)
 
 
@@ -169,6 +170,24 @@ class LanguageModel(nnx.Module):
     def init_state(self, batch_size: int) -> Any:
         """State before the first token."""
         return tuple(jax.vmap(lambda block: block.mixer.init_state(batch_size))(blocks) for blocks in self.blocks)
+
+    def map_mixers(self, function: Callable[[Any, Any], Any], tokens: Int[Array, "batch length"]) -> tuple[Any, ...]:
+        """Runs the model and applies ``function(mixer, x)`` to each mixer and the sequence it sees.
+
+        One layer at a time: what a function returns is all that is kept of it.
+
+        Returns:
+            For each place of the pattern, what the function returned there, stacked over the repeats.
+        """
+
+        def repeat(x, blocks):
+            results = []
+            for block in blocks:
+                results.append(function(block.mixer, block.normalise(x)))
+                x, _ = block(x, state=None, segment_ids=None)
+            return x, tuple(results)
+
+        return jax.lax.scan(repeat, self._embed(tokens), tuple(self.blocks))[1]
 
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocabulary"]:
         """Scores of every token of the vocabulary, float32."""

@@ -1,0 +1,50 @@
+"""Puts extenders into a model, and takes them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+
+from mamba_jax.mixers.selective import SelectiveMixer
+from mamba_jax.models.language_model import LanguageModel
+
+
+def with_extenders(model: LanguageModel, extenders: Mapping[int, nnx.Module]) -> LanguageModel:
+    """A copy of a model, sharing its parameters, whose layers change their step sizes before the scan.
+
+    It is used like the model itself: called, stepped, jitted, given to ``generate``. Its states differ by a position.
+
+    Args:
+        model: without extenders, or with some, which are replaced.
+        extenders: by place in the model's pattern; arrays have the pattern's repeats as their first dimension.
+
+    Raises:
+        ValueError: a layer to extend has no delta.
+    """
+    copy = without_extenders(model)
+    for place, extender in extenders.items():
+        mixer = copy.blocks[place].mixer
+        if not isinstance(mixer, SelectiveMixer):
+            raise ValueError(
+                f"layer {place} of the pattern {model.config.pattern!r} has no delta to extend: "
+                f"choose among the places {selective_places(model)}."
+            )
+        mixer.extender = extender
+    return copy
+
+
+def without_extenders(model: LanguageModel) -> LanguageModel:
+    """A copy of a model, sharing its parameters, with the step sizes as trained."""
+    copy = jax.tree.map(lambda leaf: leaf, model)
+    for place in selective_places(copy):
+        mixer = copy.blocks[place].mixer
+        if mixer.extender is not None:
+            del mixer.extender
+    return copy
+
+
+def selective_places(model: LanguageModel) -> list[int]:
+    """Places of the pattern whose layers have a delta."""
+    return [place for place, block in enumerate(model.blocks) if isinstance(block.mixer, SelectiveMixer)]

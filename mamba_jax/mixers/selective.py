@@ -1,0 +1,126 @@
+"""What mixers with a step size delta share: a place where an extender changes it, and a view of what the scan sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mamba_jax import sharding
+from mamba_jax.mixers.base import Leaf, Mixer
+from pallas_kernels.segments import segment_starts
+
+FROZEN = -1e4
+"""Delta before bias and softplus of a token that leaves the state as it is: the softplus is exactly 0 in float32."""
+
+
+@runtime_checkable
+class Extender(Protocol):
+    """Changes a layer's step sizes, before the scan, so that its state lasts for more tokens than it was trained on.
+
+    It sees each token with its position and nothing of the other tokens. So a whole prefill, a prefill in chunks and
+    decoding token by token give the same result.
+    """
+
+    def __call__(
+        self,
+        delta: Float[Array, "batch length channels"],
+        bias: Float[Array, " channels"],
+        position: Int[Array, "batch length"],
+    ) -> Float[Array, "batch length channels"]:
+        """Maps step sizes to those the scan uses.
+
+        Args:
+            delta: step sizes before bias and softplus.
+            bias: added to them before the softplus.
+            position: place of each token in its document, from 1.
+
+        Returns:
+            Step sizes before bias and softplus, in ``delta``'s dtype; ``FROZEN`` where the token is left out.
+        """
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What the scan of a layer sees. ``channels`` are Mamba-2's heads, where all channels of a head share a delta."""
+
+    x: Leaf
+    """Input, (batch, length, channels) or (batch, length, heads, head_dim)."""
+    delta: Leaf
+    """Step sizes after extender, bias and softplus, (batch, length, channels) in float32."""
+    A: Leaf
+    """State matrix, (channels, state), or (channels,) where it is the same number for the whole state."""
+    B: Leaf
+    """Input matrix, (batch, length, state) or (batch, length, groups, state)."""
+    C: Leaf
+    """Output matrix, of the same shape as ``B``."""
+
+
+@runtime_checkable
+class SelectiveMixer(Mixer, Protocol):
+    """A mixer that steps its state by a delta of each token's own."""
+
+    extender: Extender | None
+    """Changes delta before the scan; None leaves it as trained."""
+
+    def selection(self, x: Float[Array, "batch length width"]) -> Selection:
+        """What the scan sees when ``__call__`` is given ``x`` as the start of a sequence."""
+        ...
+
+
+def extend(
+    extender: Extender | None,
+    delta: Float[Array, "batch length channels"],
+    bias: Float[Array, " channels"],
+    *,
+    position: Int[Array, " batch"] | None = None,
+    segment_ids: Int[Array, "batch length"] | None = None,
+) -> tuple[Float[Array, "batch length channels"], Int[Array, " batch"] | None]:
+    """Applies an extender to the next tokens of a sequence.
+
+    Args:
+        extender: what to apply; None returns ``delta`` itself, and no position.
+        delta: step sizes before bias and softplus.
+        bias: added to them before the softplus.
+        position: tokens of the document before these; None where they are its first.
+        segment_ids: number of the document each token belongs to; the position restarts at each change.
+
+    Returns:
+        The changed step sizes, and the position of the last token.
+    """
+    if extender is None:
+        return delta, None
+    batch_size, length, _ = delta.shape
+    positions = document_positions(batch_size, length, position, segment_ids)
+    return extender(delta, bias, positions), positions[:, -1]
+
+
+def document_positions(
+    batch_size: int,
+    length: int,
+    before: Int[Array, " batch"] | None = None,
+    segment_ids: Int[Array, "batch length"] | None = None,
+) -> Int[Array, "batch length"]:
+    """Place of each token in its document, from 1.
+
+    Args:
+        batch_size: rows.
+        length: tokens of each row.
+        before: tokens of the first token's document that came earlier; None for none.
+        segment_ids: number of the document each token belongs to; None where each row is of one document.
+    """
+    index = jnp.arange(length, dtype=jnp.int32)
+    before = jnp.zeros((batch_size,), jnp.int32) if before is None else before
+    # The index at which each token's document began; negative for one that began in an earlier chunk.
+    began = jnp.broadcast_to(-before[:, None], (batch_size, length))
+    if segment_ids is not None:
+        # Few integers: brought together, so that running along a sharded sequence needs no exchange of its own.
+        segment_ids = sharding.reshard(segment_ids, (sharding.BATCH, None))
+        began = sharding.reshard(began, (sharding.BATCH, None))
+        began = jax.lax.cummax(jnp.where(segment_starts(segment_ids), index, began), axis=1)
+    return sharding.reshard(index - began + 1, (sharding.BATCH, None))

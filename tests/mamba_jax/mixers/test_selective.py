@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba_jax.long_context.longmamba import TokenFilter
+from mamba_jax.mixers.mamba1 import Mamba1Config
+from mamba_jax.mixers.selective import FROZEN, SelectiveMixer, document_positions, extend
+from pallas_kernels.selective_scan import selective_scan
+from tests.mamba_jax.mixers.contract import MixerContract
+
+
+class TestMamba1ThatLeavesOutTokens(MixerContract):
+    config = Mamba1Config(state_size=4)
+
+    def build(self, compute_dtype=jnp.float32):
+        mixer = super().build(compute_dtype)
+        # From the fourth token on, more and more of those whose step is below a bound of the channel's own.
+        bounds = np.linspace(0.3, 1.5, 32)
+        mixer.extender = TokenFilter(np.linspace(0, 1, 193)[:, None] ** 0.25 * bounds, training_length=3)
+        return mixer
+
+    def test_flops_grow_with_the_length_from_at_least_two_a_weight(self):
+        # An extender costs a comparison a channel and token: not counted.
+        assert self.build().flops(100) == super().build().flops(100)
+
+    def test_tokens_are_left_out_and_kept(self):
+        share = np.mean(self.build().selection(self.input()).delta == 0)
+        assert 0.1 < share < 0.9
+
+
+def test_a_frozen_token_leaves_state_and_output_as_they_are():
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, delta = (jax.random.normal(key, (1, 5, 4)) for key in keys[:2])
+    B, C = (jax.random.normal(key, (1, 5, 3)) for key in keys[2:4])
+    A = -jnp.exp(jax.random.normal(keys[4], (4, 3)))
+    bias = jnp.array([-3.0, 0.0, 3.0, 8.0])
+    frozen = delta.at[:, 2:].set(FROZEN)
+    for implementation in ("reference", "xla"):
+        _, state = selective_scan(
+            x, frozen, A, B, C, delta_bias=bias, delta_softplus=True, return_final_state=True,
+            implementation=implementation,
+        )  # fmt: skip
+        _, before = selective_scan(
+            x[:, :2], delta[:, :2], A, B[:, :2], C[:, :2], delta_bias=bias, delta_softplus=True,
+            return_final_state=True, implementation=implementation,
+        )  # fmt: skip
+        np.testing.assert_allclose(state, before, rtol=1e-6)
+
+
+def test_without_an_extender_nothing_is_counted_or_changed():
+    delta = jnp.ones((2, 3, 4))
+    assert extend(None, delta, jnp.zeros(4)) == (delta, None)
+
+
+@pytest.mark.parametrize("before", [None, [0, 7]])
+def test_positions_count_the_tokens_of_each_document(before):
+    segment_ids = np.random.default_rng(0).integers(0, 2, (2, 40)).cumsum(axis=1) // 5
+    expected = np.zeros_like(segment_ids)
+    for row in range(2):
+        count = 0 if before is None else before[row]
+        for t in range(40):
+            count = 1 if t and segment_ids[row, t] != segment_ids[row, t - 1] else count + 1
+            expected[row, t] = count
+    state = None if before is None else jnp.array(before, jnp.int32)
+    np.testing.assert_array_equal(document_positions(2, 40, state, jnp.asarray(segment_ids)), expected)
+    expected = np.arange(1, 41) + (np.zeros((2, 1), int) if before is None else np.array(before)[:, None])
+    np.testing.assert_array_equal(document_positions(2, 40, state), expected)
+
+
+def test_mamba1_is_a_mixer_with_a_delta():
+    mixer = TestMamba1ThatLeavesOutTokens().build()
+    assert isinstance(mixer, SelectiveMixer)
