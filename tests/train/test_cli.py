@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from mamba_jax.models.language_model import LanguageModelConfig
 from train import cli, generate, loop
 from train.config import Experiment, TrainConfig
 from train.errors import UserError
-from train.settings import setting_names
+from train.settings import setting_names, without_unused_layers
 
 TINY = """
 LanguageModel.vocab_size = 264
@@ -93,7 +94,9 @@ def test_files_and_options_make_the_experiment(run, trained, tmp_path):
     files = ("--gin_file", tmp_path / "a.gin", "--gin_file", tmp_path / "b.gin")
     status, _, _ = run("train", *files, "--gin.Train.steps=600", "--workdir", tmp_path / "run", "--overwrite")
     assert status == 0
-    assert trained == [(Experiment(train=TrainConfig(steps=600, seed=2)), tmp_path / "run", True)]
+    # Of the layers, gin keeps those in the pattern.
+    model = without_unused_layers(LanguageModelConfig())
+    assert trained == [(Experiment(train=TrainConfig(steps=600, seed=2), model=model), tmp_path / "run", True)]
 
 
 def test_running_the_package_is_the_train_command():

@@ -17,6 +17,11 @@ class TestMamba1WithEveryOption(MixerContract):
         expand=3, state_size=3, conv_width=2, delta_rank=5, conv_bias=False, projection_bias=True, implementation="xla"
     )
 
+    @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"sequence": 2}], ids=str)
+    def test_sharded_equals_unsharded(self, sizes):
+        # The other meshes add nothing that TestMamba1 does not see.
+        super().test_sharded_equals_unsharded(sizes)
+
 
 @pytest.fixture(scope="module")
 def mixer() -> Mamba1:

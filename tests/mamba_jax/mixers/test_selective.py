@@ -24,6 +24,11 @@ class TestMamba1ThatLeavesOutTokens(MixerContract):
         # An extender costs a comparison a channel and token: not counted.
         assert self.build().flops(100) == super().build().flops(100)
 
+    @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"sequence": 2}], ids=str)
+    def test_sharded_equals_unsharded(self, sizes):
+        # The other meshes add nothing that TestMamba1 does not see.
+        super().test_sharded_equals_unsharded(sizes)
+
     def test_tokens_are_left_out_and_kept(self):
         share = np.mean(self.build().selection(self.input()).delta == 0)
         assert 0.1 < share < 0.9
