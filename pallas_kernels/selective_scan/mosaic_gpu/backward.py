@@ -18,6 +18,10 @@ from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
 
 Tokens = tuple[jax.Array, ...]
 
+# Columns of "tokens": what a step needs, and what it leaves in place of that.
+_STEP_SIZE, _INPUT, _GATED_DY = range(3)
+_B_DH, _A_DA, _C_H = range(1, 4)
+
 
 class Carry(NamedTuple):
     """What goes from chunk to chunk, the last one first."""
@@ -57,21 +61,16 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     if "z" in inputs:
         outputs["dz"] = p.token_type(inputs["z"])
     outputs |= {f"d{name}": sums_type for name in ("D", "delta_bias") if name in inputs}
-    token_buffer = plgpu.SMEM((g.steps, g.channels), jnp.float32)
     lanes, channels, states = g.tile_shape
     terms_dtype = jnp.float32 if inputs["x"].dtype.itemsize > 2 else jnp.bfloat16
     scratch = p.buffers(inputs, streamed) | {
-        "step_size": token_buffer,
-        "input": token_buffer,
-        "gated_dy": token_buffer,
+        "tokens": blocks.token_columns(g, 4 if "z" in inputs else 3),
         # The state before every other step of a piece; the one between is a multiply-add away.
         "history": plgpu.SMEM((g.history_steps // 2, g.tiles, lanes, channels, states), jnp.float32),
         # Terms of dB and dC, one a channel of a register tile. With 16-bit data they are rounded like the sums they
         # make, which halves the traffic of shared memory, the bottleneck of this kernel.
         "terms": plgpu.SMEM((g.history_steps, 2, lanes, channels, states), terms_dtype),
     }
-    if "z" in inputs:
-        scratch["C_h"] = token_buffer
 
     def backward(gmem: Refs, smem: Refs) -> None:
         block = p.block()
@@ -138,8 +137,8 @@ def _prepare(p: Problem, smem: Refs, refs: Refs, index: Any) -> None:
             z = blocks.load_token(g, refs["z"], channels)
             dy = dy * (z * sigmoid(z))
         gradients.append(dy)
-    for name, tokens in (("step_size", step_sizes), ("input", inputs), ("gated_dy", gradients)):
-        blocks.store_tokens(g, smem[name], tokens)
+    for column, tokens in ((_STEP_SIZE, step_sizes), (_INPUT, inputs), (_GATED_DY, gradients)):
+        blocks.store_tokens(g, smem["tokens"], tokens, column=column)
 
 
 def _recompute(p: Problem, smem: Refs, refs: Refs, A: State, h: State, start: int) -> State:
@@ -147,10 +146,7 @@ def _recompute(p: Problem, smem: Refs, refs: Refs, A: State, h: State, start: in
     g = p.geometry
 
     def operands(t: Any) -> tuple[Any, ...]:
-        step_size, x = (
-            [blocks.load_channel(g, smem[name], t, channels) for channels in g.register_tiles()]
-            for name in ("step_size", "input")
-        )
+        step_size, x = blocks.load_columns(g, smem["tokens"], t, 2)
         return step_size, x, blocks.load_B(g, refs, t), refs["keep"][t] if "keep" in refs else None
 
     def pair(i: Any, h: State, *, first: int, keep_state: bool) -> State:
@@ -182,23 +178,20 @@ def _walk_back(
 ) -> tuple[State, State]:
     """Walks back over a piece of the chunk; returns the gradients of the state before it and of A.
 
-    Leaves in "C_h" the sum over the states of C h, in place of "input" that of B dh, in place of "gated_dy" that of A
-    times the gradient of delta' A, and in "terms" those of dB and dC.
+    Leaves in "tokens" the sums over the states of B dh, of A times the gradient of delta' A, and of C h; in "terms"
+    those of dB and dC.
     """
     g = p.geometry
 
     def operands(t: Any) -> _Operands:
-        step_size, x, dy = (
-            tuple(blocks.load_channel(g, smem[name], t, channels) for channels in g.register_tiles())
-            for name in ("step_size", "input", "gated_dy")
-        )
+        step_size, x, dy = blocks.load_columns(g, smem["tokens"], t, 3)
         keep = refs["keep"][t] if "keep" in refs else None
         decay = tuple(blocks.decay(s, a, keep) for s, a in zip(step_size, A, strict=True))
         return _Operands(step_size, x, dy, decay, blocks.load_B(g, refs, t), blocks.load_C(g, refs, t))
 
     def step(t: Any, o: _Operands, before: State, h: State, dh: State, dA: State) -> tuple[State, State]:
-        new_dh, new_dA, dB_terms, dC_terms = [], [], [], []
-        for tile, channels in enumerate(g.register_tiles()):
+        new_dh, new_dA, dB_terms, dC_terms, B_dh, A_da, C_h = [], [], [], [], [], [], []
+        for tile in range(g.tiles):
             d = dh[tile] + o.dy[tile] * o.C
             dC_terms.append(o.dy[tile] * h[tile])
             dB_terms.append(o.x[tile] * d)
@@ -206,10 +199,12 @@ def _walk_back(
             dlog_decay = passed * before[tile]
             new_dA.append(dA[tile] + o.step_size[tile] * dlog_decay)
             new_dh.append(passed)
-            store(smem["input"].at[t, channels], _sum_over_states(d * o.B))
-            store(smem["gated_dy"].at[t, channels], _sum_over_states(dlog_decay * A[tile]))
-            if "C_h" in smem:
-                store(smem["C_h"].at[t, channels], _sum_over_states(h[tile] * o.C))
+            B_dh.append(_sum_over_states(d * o.B))
+            A_da.append(_sum_over_states(dlog_decay * A[tile]))
+            if "z" in refs:
+                C_h.append(_sum_over_states(h[tile] * o.C))
+        sums = jnp.concatenate(B_dh + A_da + C_h)
+        store(smem["tokens"].at[t, g.channels : g.channels + sums.size], sums)
         for slot, terms in enumerate((dB_terms, dC_terms)):
             term = functools.reduce(jnp.add, terms)
             store(smem["terms"].at[t - start, slot], term.astype(smem["terms"].dtype))
@@ -260,17 +255,17 @@ def _finish(p: Problem, smem: Refs, refs: Refs, index: Any, carry: Carry) -> tup
         if "z" in refs:
             z = blocks.load_token(g, refs["z"], channels)
             gate = sigmoid(z)
-            y = blocks.load_token(g, smem["C_h"], channels)
+            y = blocks.load_token(g, smem["tokens"], channels, column=_C_H)
             y = y if D is None else y + D * x
             dz = dy * y * gate * (1.0 + z * (1.0 - gate))
             all_dz.append(dz)
             dy = dy * (z * gate)
-        step_size = blocks.load_token(g, smem["step_size"], channels)
-        B_dh = blocks.load_token(g, smem["input"], channels)
+        step_size = blocks.load_token(g, smem["tokens"], channels, column=_STEP_SIZE)
+        B_dh = blocks.load_token(g, smem["tokens"], channels, column=_B_DH)
         dx = step_size * B_dh
         dx = dx if D is None else dx + D * dy
         # A comes times log2(e), which its gradient must not.
-        ddelta = x * B_dh + LN_2 * blocks.load_token(g, smem["gated_dy"], channels)
+        ddelta = x * B_dh + LN_2 * blocks.load_token(g, smem["tokens"], channels, column=_A_DA)
         if p.delta_softplus:
             ddelta = ddelta * softplus_gradient(step_size)
         new_dD.append(carry.dD[tile] + dy * x)

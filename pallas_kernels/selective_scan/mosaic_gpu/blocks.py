@@ -240,25 +240,40 @@ def per_channel(g: Geometry, ref: Any, channels: slice) -> jax.Array:
     return spread(row, (g.steps, g.token_channels), (1,), g.token_layout)
 
 
-def load_token(g: Geometry, ref: Any, channels: slice) -> jax.Array:
-    """Loads a token tile as float32."""
-    return plgpu.load(ref.at[:, channels], layout=g.token_layout, optimized=False).astype(jnp.float32)
+def load_token(g: Geometry, ref: Any, channels: slice, *, column: int = 0) -> jax.Array:
+    """Loads a token tile as float32; with a column, from what ``token_columns`` reserved."""
+    first = column * g.channels + channels.start
+    tile = plgpu.load(ref.at[:, first : first + g.token_channels], layout=g.token_layout, optimized=False)
+    return tile.astype(jnp.float32)
 
 
-def store_tokens(g: Geometry, ref: Any, tokens: Sequence[jax.Array]) -> None:
-    """Stores token tiles, in the reference's dtype.
+def token_columns(g: Geometry, count: int) -> Any:
+    """Shared memory for several numbers a token, the same of all channels side by side."""
+    return plgpu.SMEM((g.steps, count * g.channels), jnp.float32)
+
+
+def store_tokens(g: Geometry, ref: Any, tokens: Sequence[jax.Array], *, column: int = 0) -> None:
+    """Stores token tiles, in the reference's dtype; with a column, into what ``token_columns`` reserved.
 
     All of a phase's stores come after all of its loads: past a store the compiler would not move a load, and the
     latencies of one tile after the other would add up.
     """
     for channels, token in zip(g.token_tiles(), tokens, strict=True):
-        store(ref.at[:, channels], token.astype(ref.dtype))
+        first = column * g.channels + channels.start
+        store(ref.at[:, first : first + g.token_channels], token.astype(ref.dtype))
 
 
-def load_channel(g: Geometry, ref: Any, step: Any, channels: slice) -> jax.Array:
-    """Loads one number a channel of a register tile, repeated for every state."""
-    row = plgpu.load(ref.at[step, channels], layout=g.channel_layout, optimized=False)
-    return spread(row, g.tile_shape, (1,), g.state_layout)
+def load_columns(g: Geometry, ref: Any, step: Any, count: int) -> list[State]:
+    """Loads the first columns of a step, from what ``token_columns`` reserved; each as ``spread_channels`` has it."""
+    # One load for all, which the compiler makes of as few instructions as the hardware allows.
+    row = plgpu.load(ref.at[step, : count * g.channels], layout=g.channel_layout, optimized=False)
+    return [spread_channels(g, row[i : i + g.channels]) for i in range(0, row.size, g.channels)]
+
+
+def spread_channels(g: Geometry, row: jax.Array) -> State:
+    """Repeats one number a channel of the block for every state: an array a register tile."""
+    tiles = [row[channels] for channels in g.register_tiles()]
+    return tuple(spread(tile, g.tile_shape, (1,), g.state_layout) for tile in tiles)
 
 
 def load_B(g: Geometry, refs: Refs, step: Any) -> jax.Array:
@@ -343,9 +358,9 @@ def carry_over_parts(
     def carry(i: Any, h: State) -> State:
         part = order(i)
         gained = load_state(g, gmem["part_state"].at[block.batch, part, :, block.channels])
-        steps = gmem["part_steps"].at[block.batch, pl.ds(part, 1), block.channels]
+        steps = gmem["part_steps"].at[block.batch, part, block.channels]
+        step_size = spread_channels(g, plgpu.load(steps, layout=g.channel_layout, optimized=False))
         keep = gmem["part_keep"][block.batch, part] if "part_keep" in gmem else None
-        step_size = [load_channel(g, steps, 0, channels) for channels in g.register_tiles()]
         return tuple(decay(step_size[i], A[i], keep) * h[i] + gained[i] for i in range(g.tiles))
 
     return lax.fori_loop(start, stop, carry, h)

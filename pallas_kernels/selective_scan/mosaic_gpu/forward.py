@@ -37,8 +37,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
     if save_states:
         outputs["states"] = p.state_type(p.stored_length // SAVED_STEPS)
     scratch = p.buffers(inputs, streamed) | {
-        "step_size": plgpu.SMEM((g.steps, g.channels), jnp.float32),
-        "input": plgpu.SMEM((g.steps, g.channels), jnp.float32),
+        "tokens": blocks.token_columns(g, 2),
         "partial_y": plgpu.SMEM((g.steps, g.state_lanes, g.padded_channels), jnp.float32),
     }
 
@@ -51,8 +50,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
             tiles = g.token_tiles()
             x = [blocks.load_token(g, refs["x"], channels) for channels in tiles]
             step_size = [p.step_sizes(smem, refs, index, channels) for channels in tiles]
-            blocks.store_tokens(g, smem["step_size"], step_size)
-            blocks.store_tokens(g, smem["input"], [s * x for s, x in zip(step_size, x, strict=True)])
+            blocks.store_tokens(g, smem["tokens"], step_size, column=0)
+            blocks.store_tokens(g, smem["tokens"], [s * x for s, x in zip(step_size, x, strict=True)], column=1)
             synchronize()
             for piece in range(g.steps // SAVED_STEPS):
                 if save_states:
@@ -80,8 +79,7 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State, start: int) ->
     g = p.geometry
 
     def operands(t: Any) -> tuple[Any, ...]:
-        step_size = [blocks.load_channel(g, smem["step_size"], t, channels) for channels in g.register_tiles()]
-        x = [blocks.load_channel(g, smem["input"], t, channels) for channels in g.register_tiles()]
+        step_size, x = blocks.load_columns(g, smem["tokens"], t, 2)
         keep = refs["keep"][t] if "keep" in refs else None
         return step_size, x, blocks.load_B(g, refs, t), blocks.load_C(g, refs, t), keep
 
@@ -91,8 +89,8 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State, start: int) ->
         loaded = [operands(t) for t in rows]
         for t, (step_size, x, B, C, keep) in zip(rows, loaded, strict=True):
             h = tuple(blocks.decay(step_size[tile], A[tile], keep) * h[tile] + x[tile] * B for tile in range(g.tiles))
-            for tile, channels in enumerate(g.register_tiles()):
-                store(smem["partial_y"].at[t, :, channels], jnp.sum(h[tile] * C, axis=2))
+            partial_y = jnp.concatenate([jnp.sum(tile * C, axis=2) for tile in h], axis=1)
+            store(smem["partial_y"].at[t, :, : g.channels], partial_y)
         return h
 
     return lax.fori_loop(0, SAVED_STEPS // g.unroll, steps, h)

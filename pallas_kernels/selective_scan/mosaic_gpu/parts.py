@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.elementwise import sigmoid
-from pallas_kernels.mosaic_gpu_compat import plgpu, synchronize
+from pallas_kernels.mosaic_gpu_compat import synchronize
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
 
@@ -40,8 +40,7 @@ def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> 
         "part_steps": jax.ShapeDtypeStruct((p.batch, p.num_parts, p.channels), jnp.float32),
     }
     scratch = p.buffers(inputs, streamed) | {
-        "step_size": plgpu.SMEM((g.steps, g.channels), jnp.float32),
-        "signal": plgpu.SMEM((g.steps, g.channels), jnp.float32),
+        "tokens": blocks.token_columns(g, 2),
     }
 
     def summarize_parts(gmem: Refs, smem: Refs) -> None:
@@ -61,8 +60,8 @@ def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> 
                     z = blocks.load_token(g, refs["z"], channels)
                     value = value * (z * sigmoid(z))
                 signals.append(value if reverse else step_size * value)
-            blocks.store_tokens(g, smem["step_size"], step_sizes)
-            blocks.store_tokens(g, smem["signal"], signals)
+            blocks.store_tokens(g, smem["tokens"], step_sizes, column=0)
+            blocks.store_tokens(g, smem["tokens"], signals, column=1)
             synchronize()
             totals = tuple(total + step_size for total, step_size in zip(totals, step_sizes, strict=True))
             return _walk(p, refs, smem, A, state, reverse), totals
@@ -79,18 +78,20 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, state: State, reverse: b
     """Takes the steps of a chunk."""
     g = p.geometry
 
+    def step(t: Any, state: State) -> State:
+        row = blocks.load_C(g, refs, t) if reverse else blocks.load_B(g, refs, t)
+        step_size, signal = blocks.load_columns(g, smem["tokens"], t, 2)
+        keep = refs["keep"][t] if "keep" in refs else None
+        decay = [blocks.decay(s, a, keep) for s, a in zip(step_size, A, strict=True)]
+        gain = [s * row for s in signal]
+        if reverse:
+            return tuple(decay[i] * (state[i] + gain[i]) for i in range(g.tiles))
+        return tuple(decay[i] * state[i] + gain[i] for i in range(g.tiles))
+
     def steps(i: Any, state: State) -> State:
         for u in range(g.unroll):
             t = i * g.unroll + u
-            t = g.steps - 1 - t if reverse else t
-            row = blocks.load_C(g, refs, t) if reverse else blocks.load_B(g, refs, t)
-            keep = refs["keep"][t] if "keep" in refs else None
-            new = []
-            for tile, channels in enumerate(g.register_tiles()):
-                decay = blocks.decay(blocks.load_channel(g, smem["step_size"], t, channels), A[tile], keep)
-                gain = blocks.load_channel(g, smem["signal"], t, channels) * row
-                new.append(decay * (state[tile] + gain) if reverse else decay * state[tile] + gain)
-            state = tuple(new)
+            state = step(g.steps - 1 - t if reverse else t, state)
         return state
 
     return lax.fori_loop(0, g.steps // g.unroll, steps, state)
