@@ -25,7 +25,7 @@ import numpy as np
 
 from pallas_kernels.selective_scan import mosaic_gpu, reference
 from pallas_kernels.selective_scan.inputs import Inputs
-from pallas_kernels.selective_scan.mosaic_gpu import backward, forward, parts
+from pallas_kernels.selective_scan.mosaic_gpu import backward, forward, parts, plan
 from pallas_kernels.selective_scan.mosaic_gpu.geometry import Geometry
 from pallas_kernels.selective_scan.mosaic_gpu.plan import Plan
 
@@ -56,29 +56,26 @@ def main() -> None:
 
 def forward_variants(shape: tuple[int, ...]) -> Iterator[Plan]:
     """Plans worth timing forward."""
-    batch, length, channels, state = shape
-    split = batch * channels < 132 * 64
-    for tiles, steps, unroll in itertools.product(
-        (2, 1, 3, 4, 5), (16,) if split else (16, 32), (2,) if split else (2, 4, 1)
-    ):
-        geometry = Geometry(state, tiles, steps=steps, unroll=unroll)
-        if channels % geometry.channels:
-            continue
-        num_blocks = batch * channels // geometry.channels
-        for num_parts in _part_counts(num_blocks, length // steps):
-            yield Plan(geometry, num_parts)
+    yield from _variants(shape, plan.forward, steps=(16, 32), unroll=(4, 2))
 
 
 def backward_variants(shape: tuple[int, ...]) -> Iterator[Plan]:
     """Plans worth timing backward."""
+    yield from _variants(shape, plan.backward, steps=(16,), unroll=(2, 4))
+
+
+def _variants(
+    shape: tuple[int, ...], choose: Callable[..., Plan], steps: tuple[int, ...], unroll: tuple[int, ...]
+) -> Iterator[Plan]:
+    """The plan in use, and then all that shared memory may have room for."""
     batch, length, channels, state = shape
-    split = batch * channels < 132 * 64
-    for tiles, steps, unroll in itertools.product((2, 1, 3, 4), (16,), (2,) if split else (2, 1, 4)):
-        geometry = Geometry(state, tiles, steps=steps, unroll=unroll)
-        if channels % geometry.channels:
+    yield choose(batch, length, channels, 1, state)
+    for options in itertools.product((2, 1, 3, 4, 5), (1, 2, 3, 4, 5, 6), steps, unroll):
+        geometry = Geometry(state, **dict(zip(("tiles", "warpgroups", "steps", "unroll"), options, strict=True)))
+        if channels % geometry.block_channels:
             continue
-        num_blocks = batch * channels // geometry.channels
-        for num_parts in _part_counts(num_blocks, length // steps):
+        num_blocks = batch * channels // geometry.block_channels
+        for num_parts in _part_counts(num_blocks * geometry.warpgroups, length // geometry.steps):
             yield Plan(geometry, num_parts)
 
 
@@ -101,7 +98,7 @@ def tune(
     expected = None
     for chosen in variants:
         g = chosen.geometry
-        label = f"tiles {g.tiles} steps {g.steps} unroll {g.unroll} parts {chosen.num_parts}"
+        label = f"{g.warpgroups} x {g.tiles} tiles steps {g.steps} unroll {g.unroll} parts {chosen.num_parts}"
         if time.monotonic() > deadline:
             print("out of time", flush=True)
             return

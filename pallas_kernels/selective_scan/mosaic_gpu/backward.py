@@ -49,7 +49,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     g = p.geometry
     optional = [name for name in ("z", "keep") if name in inputs]
     streamed = ["x", "delta", "BC", "dy", *optional]
-    matrix_dims = (p.blocks_per_group * p.batch, p.stored_length, *inputs["BC"].shape[2:])
+    matrix_dims = (p.pieces_per_group * p.batch, p.stored_length, *inputs["BC"].shape[2:])
     sums_type = jax.ShapeDtypeStruct((p.batch, p.num_parts, p.channels), jnp.float32)
     outputs = {
         "dx": p.token_type(inputs["x"]),
@@ -64,12 +64,13 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     lanes, channels, states = g.tile_shape
     terms_dtype = jnp.float32 if inputs["x"].dtype.itemsize > 2 else jnp.bfloat16
     scratch = p.buffers(inputs, streamed) | {
-        "tokens": blocks.token_columns(g, 4 if "z" in inputs else 3),
+        "tokens": p.token_columns(4 if "z" in inputs else 3),
         # The state before every other step of a piece; the one between is a multiply-add away.
-        "history": plgpu.SMEM((g.history_steps // 2, g.tiles, lanes, channels, states), jnp.float32),
+        "history": p.scratch((g.history_steps // 2, g.tiles, lanes, channels, states), jnp.float32),
         # Terms of dB and dC, one a channel of a register tile. With 16-bit data they are rounded like the sums they
         # make, which halves the traffic of shared memory, the bottleneck of this kernel.
-        "terms": plgpu.SMEM((g.history_steps, 2, lanes, channels, states), terms_dtype),
+        "dBC": p.scratch((g.steps, 2 * lanes, states), jnp.float32),
+        "terms": p.scratch((g.history_steps, 2, lanes, channels, states), terms_dtype),
     }
 
     def backward(gmem: Refs, smem: Refs) -> None:
@@ -89,7 +90,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
                 h = _recompute(p, smem, refs, A, h_start, start)
                 dh, dA = _walk_back(p, smem, refs, A, h, dh, dA, start)
                 synchronize()
-                _sum_over_channels(p, smem, refs, start)
+                _sum_over_channels(p, smem, start)
                 synchronize()
             dD, ddelta_bias = _finish(p, smem, refs, index, carry)
             plgpu.commit_smem()
@@ -97,8 +98,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             for name, output in (("x", "dx"), ("delta", "ddelta"), ("z", "dz")):
                 if name in refs:
                     plgpu.copy_smem_to_gmem(refs[name], gmem[output].at[block.batch, rows, block.channels])
-            partial = lax.rem(block.index, p.blocks_per_group) * p.batch + block.batch
-            plgpu.copy_smem_to_gmem(refs["BC"], gmem["dBC"].at[partial, rows, block.group])
+            partial = lax.rem(block.index, p.pieces_per_group) * p.batch + block.batch
+            plgpu.copy_smem_to_gmem(smem["dBC"], gmem["dBC"].at[partial, rows, block.group])
             return Carry(dh, dA, dD, ddelta_bias)
 
         zeros = tuple(blocks.zero_tokens(g) for _ in g.token_tiles())
@@ -117,7 +118,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             blocks.store_state(g, gmem["dinitial_state"].at[block.batch, :, block.channels], carry.dh)
 
     results = p.launch(backward, inputs, outputs, scratch)
-    dBC = results["dBC"].reshape(p.blocks_per_group, p.batch, *results["dBC"].shape[1:])
+    dBC = results["dBC"].reshape(p.pieces_per_group, p.batch, *results["dBC"].shape[1:])
     results["dBC"] = jnp.sum(dBC[:, :, : p.length], axis=0)
     for name in ("dx", "ddelta", "dz"):
         if name in results:
@@ -234,14 +235,14 @@ def _sum_over_states(tile: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sum(tile, axis=2), axis=0)
 
 
-def _sum_over_channels(p: Problem, smem: Refs, refs: Refs, start: int) -> None:
-    """Puts the block's dB and dC of a piece of the chunk in place of B and C."""
+def _sum_over_channels(p: Problem, smem: Refs, start: int) -> None:
+    """Puts dB and dC of a piece of the chunk, summed over the warpgroup's channels, into "dBC"."""
     g = p.geometry
     for slot in range(2):
         terms = plgpu.load(smem["terms"].at[:, slot], layout=g.channel_sum_layout, optimized=False)
         total = jnp.sum(terms.astype(jnp.float32), axis=2)
         rows, lanes = pl.ds(start, g.history_steps), pl.ds(slot * g.state_lanes, g.state_lanes)
-        store(refs["BC"].at[rows, lanes], total)
+        store(smem["dBC"].at[rows, lanes], total)
 
 
 def _finish(p: Problem, smem: Refs, refs: Refs, index: Any, carry: Carry) -> tuple[Tokens, Tokens]:

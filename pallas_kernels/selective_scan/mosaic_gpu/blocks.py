@@ -21,20 +21,26 @@ State = tuple[jax.Array, ...]
 """The states of a block's channels in registers, one array a register tile."""
 
 _PER_CHANNEL = ("D", "delta_bias")
+_SHARED = ("BC", "keep")
+"""Inputs that are the same for all channels: the warpgroups of a block load them once."""
+_COMMON = (*_SHARED, "loaded", "shared_loaded", "shared_read")
+"""Scratch memory that a block has once, where a warpgroup has a piece of its own of everything else."""
 
 KEEP_LANES = 32
 """Numbers a chunk in "keep": at least the steps of a chunk, and enough bytes for a bulk copy."""
 
 
 class Block(NamedTuple):
-    """Which piece of the problem this block works on."""
+    """Which piece of the problem this warpgroup works on."""
 
     batch: Any
     part: Any
     channels: Any
     group: Any
     index: Any
-    """Number of its channel block."""
+    """Number of its piece of the channels."""
+    warpgroup: Any
+    """Number within its block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +88,17 @@ class Problem:
         return array[:, : self.length]
 
     @property
-    def blocks_per_group(self) -> int:
+    def pieces_per_group(self) -> int:
+        """Warpgroups that the channels of a group are shared out to."""
         return self.channels // self.groups // self.geometry.channels
 
     @property
     def stages(self) -> int:
         return min(self.geometry.stages, self.chunks_per_part)
+
+    @property
+    def shared_stages(self) -> int:
+        return min(self.geometry.shared_stages, self.chunks_per_part)
 
     def state_type(self, *dims: int) -> jax.ShapeDtypeStruct:
         """Type of an array of states of all channels, with further dimensions after the batch."""
@@ -96,11 +107,12 @@ class Problem:
 
     def block(self) -> Block:
         """The block that is running."""
-        index = lax.axis_index("channels")
+        warpgroup = lax.axis_index("warpgroup")
+        index = lax.axis_index("channels") * self.geometry.warpgroups + warpgroup
         first = index * self.geometry.channels
         group = first // (self.channels // self.groups)
         channels = pl.ds(first, self.geometry.channels)
-        return Block(lax.axis_index("batch"), lax.axis_index("part"), channels, group, index)
+        return Block(lax.axis_index("batch"), lax.axis_index("part"), channels, group, index, warpgroup)
 
     def rows(self, chunk: Any) -> Any:
         """Tokens of a chunk."""
@@ -115,18 +127,26 @@ class Problem:
         *,
         num_parts: int | None = None,
     ) -> dict[str, jax.Array]:
-        """Runs ``body(gmem, smem)`` in every block, or those of the first parts; it gets its references by name."""
+        """Runs ``body(gmem, smem)`` in every warpgroup, or those of the first parts; it gets its references by name.
+
+        Each warpgroup gets its own piece of scratch memory, what ``_COMMON`` names excepted.
+        """
+        warpgroups = self.geometry.warpgroups
 
         def kernel_body(*gmem: Any, **smem: Any) -> None:
-            body(dict(zip([*inputs, *outputs], gmem, strict=True)), smem)
+            warpgroup = lax.axis_index("warpgroup")
+            own = {name: ref if name in _COMMON else ref.at[warpgroup] for name, ref in smem.items()}
+            body(dict(zip([*inputs, *outputs], gmem, strict=True)), own)
 
         kernel_body.__name__ = f"selective_scan_{body.__name__}"
         kernel = plgpu.kernel(
             kernel_body,
             out_type=tuple(outputs.values()),
             scratch_types=dict(scratch),
-            grid=(num_parts or self.num_parts, self.batch, self.channels // self.geometry.channels),
+            grid=(num_parts or self.num_parts, self.batch, self.channels // self.geometry.block_channels),
             grid_names=("part", "batch", "channels"),
+            num_threads=warpgroups,
+            thread_name="warpgroup",
             compiler_params=COMPILER_PARAMS,
         )
         with jax.enable_x64(False):  # Python's numbers are 32 bits wide in a kernel, whatever the caller's are.
@@ -134,19 +154,34 @@ class Problem:
         one_input = next(iter(inputs.values()))
         return {name: vary_like(array, one_input) for name, array in zip(outputs, results, strict=True)}
 
+    def scratch(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Shared memory of this shape for each warpgroup."""
+        return plgpu.SMEM((self.geometry.warpgroups, *shape), dtype)
+
+    def token_columns(self, count: int) -> Any:
+        """Shared memory for several numbers a token, the same of all channels side by side."""
+        return self.scratch((self.geometry.steps, count * self.geometry.channels), jnp.float32)
+
     def buffers(self, inputs: Mapping[str, jax.Array], streamed: Sequence[str]) -> dict[str, Any]:
         """Shared memory for what ``stream`` loads: for each name, one slot a stage."""
-        lanes, _, states = self.geometry.tile_shape
-        shapes = {
-            "BC": (self.geometry.steps, 2 * lanes, states),
-            "keep": (KEEP_LANES,),
+        g = self.geometry
+        lanes, _, states = g.tile_shape
+        shapes = {"BC": (g.steps, 2 * lanes, states), "keep": (KEEP_LANES,)}
+        slots = {}
+        for name in streamed:
+            if name in _SHARED:
+                slots[name] = plgpu.SMEM((self.shared_stages, *shapes[name]), inputs[name].dtype)
+            else:
+                slots[name] = self.scratch((self.stages, g.steps, g.channels), inputs[name].dtype)
+        parameters = {name: self.scratch((g.channels,), jnp.float32) for name in _PER_CHANNEL if name in inputs}
+        num_shared = sum(name in _SHARED for name in streamed)
+        return {
+            **slots,
+            **parameters,
+            "loaded": plgpu.Barrier(num_arrivals=len(streamed) - num_shared, num_barriers=g.warpgroups * self.stages),
+            "shared_loaded": plgpu.Barrier(num_arrivals=num_shared, num_barriers=self.shared_stages),
+            "shared_read": plgpu.Barrier(num_arrivals=g.warpgroups, num_barriers=self.shared_stages),
         }
-        token = (self.geometry.steps, self.geometry.channels)
-        slots = {name: plgpu.SMEM((self.stages, *shapes.get(name, token)), inputs[name].dtype) for name in streamed}
-        parameters = {
-            name: plgpu.SMEM((self.geometry.channels,), jnp.float32) for name in _PER_CHANNEL if name in inputs
-        }
-        return slots | parameters | {"barrier": plgpu.Barrier(num_arrivals=len(streamed), num_barriers=self.stages)}
 
     def load_parameters(self, gmem: Refs, smem: Refs, block: Block) -> None:
         """Copies what each token tile needs of every channel; visible to all warps after the next barrier."""
@@ -181,36 +216,64 @@ class Problem:
             carry: passed from chunk to chunk.
             reverse: whether to start with the last chunk.
         """
-        count = self.chunks_per_part
+        count, stages, shared_stages = self.chunks_per_part, self.stages, self.shared_stages
+        own = [name for name in streamed if name not in _SHARED]
+        shared = [name for name in streamed if name in _SHARED]
 
         def index(i: Any) -> Any:
             return block.part * count + (count - 1 - i if reverse else i)
 
-        def start(i: Any, slot: Any) -> None:
+        def loaded(slot: Any) -> Any:
+            return smem["loaded"].at[block.warpgroup * stages + slot]
+
+        def load(i: Any, slot: Any) -> None:
+            for name in own:
+                source = gmem[name].at[block.batch, self.rows(index(i)), block.channels]
+                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], loaded(slot))
+
+        def load_shared(i: Any, slot: Any) -> None:
             sources = {
                 "BC": lambda ref: ref.at[block.batch, self.rows(index(i)), block.group],
                 "keep": lambda ref: ref.at[block.batch, index(i)],
             }
-            for name in streamed:
-                token = lambda ref: ref.at[block.batch, self.rows(index(i)), block.channels]  # noqa: E731
-                source = sources.get(name, token)(gmem[name])
-                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], smem["barrier"].at[slot])
+            for name in shared:
+                plgpu.copy_gmem_to_smem(sources[name](gmem[name]), smem[name].at[slot], smem["shared_loaded"].at[slot])
 
-        for i in range(self.stages):
-            start(i, i)
+        for i in range(stages):
+            load(i, i)
+
+        @pl.when(block.warpgroup == 0)
+        def _() -> None:
+            for i in range(shared_stages):
+                load_shared(i, i)
 
         def step(i: Any, carry: Any) -> Any:
-            slot = lax.rem(i, self.stages)
+            slot, shared_slot = lax.rem(i, stages), lax.rem(i, shared_stages)
             # Before the last chunk's slot is filled again, copies out of it must have ended and all warps have read it.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if count > self.stages:
 
-                @pl.when((i > 0) & (i - 1 + self.stages < count))
+            if count > stages:
+
+                @pl.when((i > 0) & (i - 1 + stages < count))
                 def _() -> None:
-                    start(i - 1 + self.stages, lax.rem(i - 1, self.stages))
+                    load(i - 1 + stages, lax.rem(i - 1, stages))
 
-            plgpu.barrier_wait(smem["barrier"].at[slot])
-            return chunk(index(i), {name: smem[name].at[slot] for name in streamed}, carry)
+            if count > shared_stages:
+
+                @pl.when((block.warpgroup == 0) & (i > 0) & (i - 1 + shared_stages < count))
+                def _() -> None:
+                    last = lax.rem(i - 1, shared_stages)
+                    if self.geometry.warpgroups > 1:
+                        plgpu.barrier_wait(smem["shared_read"].at[last])
+                    load_shared(i - 1 + shared_stages, last)
+
+            plgpu.barrier_wait(loaded(slot))
+            plgpu.barrier_wait(smem["shared_loaded"].at[shared_slot])
+            refs = {name: smem[name].at[slot] for name in own} | {name: smem[name].at[shared_slot] for name in shared}
+            carry = chunk(index(i), refs, carry)
+            if self.geometry.warpgroups > 1:
+                plgpu.barrier_arrive(smem["shared_read"].at[shared_slot])
+            return carry
 
         carry = lax.fori_loop(0, count, step, carry)
         plgpu.wait_smem_to_gmem(0)
@@ -241,19 +304,14 @@ def per_channel(g: Geometry, ref: Any, channels: slice) -> jax.Array:
 
 
 def load_token(g: Geometry, ref: Any, channels: slice, *, column: int = 0) -> jax.Array:
-    """Loads a token tile as float32; with a column, from what ``token_columns`` reserved."""
+    """Loads a token tile as float32; with a column, from what ``Problem.token_columns`` reserved."""
     first = column * g.channels + channels.start
     tile = plgpu.load(ref.at[:, first : first + g.token_channels], layout=g.token_layout, optimized=False)
     return tile.astype(jnp.float32)
 
 
-def token_columns(g: Geometry, count: int) -> Any:
-    """Shared memory for several numbers a token, the same of all channels side by side."""
-    return plgpu.SMEM((g.steps, count * g.channels), jnp.float32)
-
-
 def store_tokens(g: Geometry, ref: Any, tokens: Sequence[jax.Array], *, column: int = 0) -> None:
-    """Stores token tiles, in the reference's dtype; with a column, into what ``token_columns`` reserved.
+    """Stores token tiles, in the reference's dtype; with a column, into what ``Problem.token_columns`` reserved.
 
     All of a phase's stores come after all of its loads: past a store the compiler would not move a load, and the
     latencies of one tile after the other would add up.
@@ -264,7 +322,7 @@ def store_tokens(g: Geometry, ref: Any, tokens: Sequence[jax.Array], *, column: 
 
 
 def load_columns(g: Geometry, ref: Any, step: Any, count: int) -> list[State]:
-    """Loads the first columns of a step, from what ``token_columns`` reserved; each as ``spread_channels`` has it."""
+    """Loads the first columns of a step, from what ``Problem.token_columns`` reserved; each as ``spread_channels`` has it."""
     # One load for all, which the compiler makes of as few instructions as the hardware allows.
     row = plgpu.load(ref.at[step, : count * g.channels], layout=g.channel_layout, optimized=False)
     return [spread_channels(g, row[i : i + g.channels]) for i in range(0, row.size, g.channels)]

@@ -37,8 +37,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
     if save_states:
         outputs["states"] = p.state_type(p.stored_length // SAVED_STEPS)
     scratch = p.buffers(inputs, streamed) | {
-        "tokens": blocks.token_columns(g, 2),
-        "partial_y": plgpu.SMEM((g.steps, g.state_lanes, g.padded_channels), jnp.float32),
+        "tokens": p.token_columns(2),
+        "partial_y": p.scratch((g.steps, g.state_lanes, g.padded_channels), jnp.float32),
     }
 
     def forward(gmem: Refs, smem: Refs) -> None:

@@ -18,18 +18,21 @@ SAVED_STEPS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Shape of the piece of the problem that one block (a warpgroup) holds.
+    """Shape of the piece of the problem that one warpgroup holds, and how many of these make a block.
 
     A register tile is (state_lanes, tile_channels, states_per_lane): each lane owns ``states_per_lane`` states of one
     channel; the lanes of a warp are ``state_lanes`` by ``32 // state_lanes`` channels, and the 4 warps take further
-    channels. A block owns ``tiles`` of these, side by side along the channels, so that the values of B and C, which
-    all channels share, are loaded once for ``tiles`` channels.
+    channels. A warpgroup owns ``tiles`` of these, side by side along the channels, so that the values of B and C,
+    which all channels share, are loaded once for ``tiles`` channels.
     """
 
     state: int
     """States of a channel, a power of two from 4."""
     tiles: int
-    """Register tiles of a block."""
+    """Register tiles of a warpgroup."""
+    warpgroups: int = 1
+    """Warpgroups of a block. They share B and C, which keeps them in step: warpgroups that do not wait for each other
+    end one after the other, since the hardware prefers the oldest, and the last ones have the multiprocessor alone."""
     steps: int = 16
     """Steps of a chunk: what is loaded, prepared and stored together. ``SAVED_STEPS`` in the backward kernel, a
     multiple of it in the forward kernel."""
@@ -37,6 +40,8 @@ class Geometry:
     """Steps whose states the backward kernel holds in shared memory; it walks over a chunk in pieces of these."""
     stages: int = 2
     """Chunks in shared memory at once, one in use and the others on their way."""
+    shared_stages: int = 4
+    """The same for what warpgroups share: how far the first may be ahead of the last."""
     unroll: int = 2
     """Steps whose operands are loaded before the first of them is computed."""
 
@@ -55,7 +60,12 @@ class Geometry:
 
     @property
     def channels(self) -> int:
+        """Of a warpgroup."""
         return self.tiles * self.tile_channels
+
+    @property
+    def block_channels(self) -> int:
+        return self.warpgroups * self.channels
 
     @property
     def tile_shape(self) -> tuple[int, int, int]:

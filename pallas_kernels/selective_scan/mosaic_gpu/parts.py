@@ -40,7 +40,7 @@ def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> 
         "part_steps": jax.ShapeDtypeStruct((p.batch, p.num_parts, p.channels), jnp.float32),
     }
     scratch = p.buffers(inputs, streamed) | {
-        "tokens": blocks.token_columns(g, 2),
+        "tokens": p.token_columns(2),
     }
 
     def summarize_parts(gmem: Refs, smem: Refs) -> None:
