@@ -98,7 +98,7 @@ def tune(
     expected = None
     for chosen in variants:
         g = chosen.geometry
-        label = f"{g.warpgroups} x {g.tiles} tiles steps {g.steps} unroll {g.unroll} parts {chosen.num_parts}"
+        label = f"{g.warpgroups} x {g.tiles} tiles steps {g.steps} unroll {g.unroll} stages {g.stages} parts {chosen.num_parts}"
         if time.monotonic() > deadline:
             print("out of time", flush=True)
             return
@@ -146,7 +146,7 @@ def device_times(run: Callable[..., Any], sets: list[Any], repeats: int = 12) ->
         times["span"].append((call[-1][1] - call[0][0]) / 1e6)
         for start, end, name in call:
             if end - start > 1000:
-                times.setdefault(name[:28], []).append((end - start) / 1e6)
+                times.setdefault(name.removeprefix("selective_scan_")[:12], []).append((end - start) / 1e6)
     return times
 
 

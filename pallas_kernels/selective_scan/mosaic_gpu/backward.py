@@ -15,6 +15,7 @@ from pallas_kernels.elementwise import LN_2, sigmoid, softplus_gradient
 from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
+from pallas_kernels.selective_scan.mosaic_gpu.stream import Stream
 
 Tokens = tuple[jax.Array, ...]
 
@@ -65,12 +66,12 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     terms_dtype = jnp.float32 if inputs["x"].dtype.itemsize > 2 else jnp.bfloat16
     scratch = p.buffers(inputs, streamed) | {
         "tokens": p.token_columns(4 if "z" in inputs else 3),
-        # The state before every other step of a piece; the one between is a multiply-add away.
-        "history": p.scratch((g.history_steps // 2, g.tiles, lanes, channels, states), jnp.float32),
+        # The state before every piece; those within it are computed again on the way back.
+        "history": p.scratch((g.steps // g.piece_steps, g.tiles, lanes, channels, states), jnp.float32),
         # Terms of dB and dC, one a channel of a register tile. With 16-bit data they are rounded like the sums they
         # make, which halves the traffic of shared memory, the bottleneck of this kernel.
         "dBC": p.scratch((g.steps, 2 * lanes, states), jnp.float32),
-        "terms": p.scratch((g.history_steps, 2, lanes, channels, states), terms_dtype),
+        "terms": p.scratch((g.summed_steps, 2, lanes, channels, states), terms_dtype),
     }
 
     def backward(gmem: Refs, smem: Refs) -> None:
@@ -86,9 +87,9 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             _prepare(p, smem, refs, index)
             synchronize()
             dh, dA = carry.dh, carry.dA
-            for start in reversed(range(0, g.steps, g.history_steps)):
-                h = _recompute(p, smem, refs, A, h_start, start)
-                dh, dA = _walk_back(p, smem, refs, A, h, dh, dA, start)
+            _save_states(p, smem, refs, A, h_start)
+            for start in reversed(range(0, g.steps, g.summed_steps)):
+                dh, dA = _walk_back(p, smem, refs, A, dh, dA, start)
                 synchronize()
                 _sum_over_channels(p, smem, start)
                 synchronize()
@@ -102,12 +103,12 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             plgpu.copy_smem_to_gmem(smem["dBC"], gmem["dBC"].at[partial, rows, block.group])
             return Carry(dh, dA, dD, ddelta_bias)
 
-        zeros = tuple(blocks.zero_tokens(g) for _ in g.token_tiles())
+        zeros = tuple(blocks.fold_steps(g, blocks.zero_tokens(g)) for _ in g.token_tiles())
         dh = blocks.load_state(g, gmem["dfinal_state"].at[block.batch, :, block.channels])
         later = p.num_parts - 1
         dh = blocks.carry_over_parts(p, gmem, block, A, dh, 0, later - block.part, lambda i: later - i)
         carry = Carry(dh, blocks.zero_state(g), zeros, zeros)
-        carry = p.stream(gmem, smem, streamed, block, chunk, carry, reverse=True)
+        carry = Stream(p, gmem, smem, streamed, block, reverse=True).walk(chunk, carry)
         blocks.store_state(g, gmem["dA"].at[block.batch, block.part, :, block.channels], carry.dA)
         for name, sums in (("D", carry.dD), ("delta_bias", carry.ddelta_bias)):
             if name in gmem:
@@ -142,25 +143,18 @@ def _prepare(p: Problem, smem: Refs, refs: Refs, index: Any) -> None:
         blocks.store_tokens(g, smem["tokens"], tokens, column=column)
 
 
-def _recompute(p: Problem, smem: Refs, refs: Refs, A: State, h: State, start: int) -> State:
-    """Walks from the state before the chunk over a piece of it, keeping every other state of the piece."""
+def _save_states(p: Problem, smem: Refs, refs: Refs, A: State, h: State) -> None:
+    """Walks over the chunk from the state before it, keeping the state before each of its pieces."""
     g = p.geometry
 
-    def operands(t: Any) -> tuple[Any, ...]:
-        step_size, x = blocks.load_columns(g, smem["tokens"], t, 2)
-        return step_size, x, blocks.load_B(g, refs, t), refs["keep"][t] if "keep" in refs else None
+    def piece(i: Any, h: State) -> State:
+        blocks.store_tiles(g, smem["history"].at[i], h)
+        states, _ = _advance(p, smem, refs, A, h, i * g.piece_steps)
+        return states[-1]
 
-    def pair(i: Any, h: State, *, first: int, keep_state: bool) -> State:
-        loaded = [operands(first + 2 * i + u) for u in range(2)]
-        if keep_state:
-            for tile in range(g.tiles):
-                store(smem["history"].at[i, tile], h[tile])
-        for step_size, x, B, keep in loaded:
-            h = tuple(blocks.decay(step_size[i], A[i], keep) * h[i] + x[i] * B for i in range(g.tiles))
-        return h
-
-    h = lax.fori_loop(0, start // 2, functools.partial(pair, first=0, keep_state=False), h)
-    return lax.fori_loop(0, g.history_steps // 2, functools.partial(pair, first=start, keep_state=True), h)
+    last = g.steps // g.piece_steps - 1
+    h = lax.fori_loop(0, last, piece, h)
+    blocks.store_tiles(g, smem["history"].at[last], h)
 
 
 class _Operands(NamedTuple):
@@ -169,15 +163,28 @@ class _Operands(NamedTuple):
     step_size: State
     x: State
     dy: State
-    decay: State
     B: jax.Array
     C: jax.Array
 
 
+def _advance(p: Problem, smem: Refs, refs: Refs, A: State, h: State, first: Any) -> tuple[list[State], list[State]]:
+    """Returns the states after each step of a piece, and the decays in these steps."""
+    g = p.geometry
+    states, decays = [], []
+    for t in [first + u for u in range(g.piece_steps)]:
+        step_size, x = blocks.load_columns(g, smem["tokens"], t, 2)
+        B = blocks.load_B(g, refs, t)
+        keep = refs["keep"][t] if "keep" in refs else None
+        decays.append(tuple(blocks.decay(s, a, keep) for s, a in zip(step_size, A, strict=True)))
+        h = tuple(decays[-1][tile] * h[tile] + x[tile] * B for tile in range(g.tiles))
+        states.append(h)
+    return states, decays
+
+
 def _walk_back(
-    p: Problem, smem: Refs, refs: Refs, A: State, h: State, dh: State, dA: State, start: int
+    p: Problem, smem: Refs, refs: Refs, A: State, dh: State, dA: State, start: int
 ) -> tuple[State, State]:
-    """Walks back over a piece of the chunk; returns the gradients of the state before it and of A.
+    """Walks back over ``summed_steps`` of the chunk; returns the gradients of the state before them and of A.
 
     Leaves in "tokens" the sums over the states of B dh, of A times the gradient of delta' A, and of C h; in "terms"
     those of dB and dC.
@@ -185,18 +192,18 @@ def _walk_back(
     g = p.geometry
 
     def operands(t: Any) -> _Operands:
-        step_size, x, dy = blocks.load_columns(g, smem["tokens"], t, 3)
-        keep = refs["keep"][t] if "keep" in refs else None
-        decay = tuple(blocks.decay(s, a, keep) for s, a in zip(step_size, A, strict=True))
-        return _Operands(step_size, x, dy, decay, blocks.load_B(g, refs, t), blocks.load_C(g, refs, t))
+        columns = blocks.load_columns(g, smem["tokens"], t, 3)
+        return _Operands(*columns, blocks.load_B(g, refs, t), blocks.load_C(g, refs, t))
 
-    def step(t: Any, o: _Operands, before: State, h: State, dh: State, dA: State) -> tuple[State, State]:
+    def step(
+        t: Any, o: _Operands, decay: State, before: State, h: State, dh: State, dA: State
+    ) -> tuple[State, State]:
         new_dh, new_dA, dB_terms, dC_terms, B_dh, A_da, C_h = [], [], [], [], [], [], []
         for tile in range(g.tiles):
             d = dh[tile] + o.dy[tile] * o.C
             dC_terms.append(o.dy[tile] * h[tile])
             dB_terms.append(o.x[tile] * d)
-            passed = o.decay[tile] * d
+            passed = decay[tile] * d
             dlog_decay = passed * before[tile]
             new_dA.append(dA[tile] + o.step_size[tile] * dlog_decay)
             new_dh.append(passed)
@@ -211,23 +218,20 @@ def _walk_back(
             store(smem["terms"].at[t - start, slot], term.astype(smem["terms"].dtype))
         return tuple(new_dh), tuple(new_dA)
 
-    def pair(i: Any, carry: tuple[State, State, State]) -> tuple[State, State, State]:
-        h, dh, dA = carry
-        slot = g.history_steps // 2 - 1 - i
-        t = start + 2 * slot
-        before = tuple(
-            plgpu.load(smem["history"].at[slot, tile], layout=g.state_layout, optimized=False)
-            for tile in range(g.tiles)
-        )
-        # Loaded before the first store, past which the compiler would not move them.
-        first, second = operands(t), operands(t + 1)
-        between = tuple(first.decay[tile] * before[tile] + first.x[tile] * first.B for tile in range(g.tiles))
-        dh, dA = step(t + 1, second, between, h, dh, dA)
-        dh, dA = step(t, first, before, between, dh, dA)
-        return before, dh, dA
+    pieces = g.summed_steps // g.piece_steps
 
-    _, dh, dA = lax.fori_loop(0, g.history_steps // 2, pair, (h, dh, dA))
-    return dh, dA
+    def piece(i: Any, carry: tuple[State, State]) -> tuple[State, State]:
+        dh, dA = carry
+        index = start // g.piece_steps + pieces - 1 - i
+        first = index * g.piece_steps
+        h = blocks.load_tiles(g, smem["history"].at[index])
+        states, decays = _advance(p, smem, refs, A, h, first)
+        befores = [h, *states]
+        for u in reversed(range(g.piece_steps)):
+            dh, dA = step(first + u, operands(first + u), decays[u], befores[u], states[u], dh, dA)
+        return dh, dA
+
+    return lax.fori_loop(0, pieces, piece, (dh, dA))
 
 
 def _sum_over_states(tile: jax.Array) -> jax.Array:
@@ -241,7 +245,7 @@ def _sum_over_channels(p: Problem, smem: Refs, start: int) -> None:
     for slot in range(2):
         terms = plgpu.load(smem["terms"].at[:, slot], layout=g.channel_sum_layout, optimized=False)
         total = jnp.sum(terms.astype(jnp.float32), axis=2)
-        rows, lanes = pl.ds(start, g.history_steps), pl.ds(slot * g.state_lanes, g.state_lanes)
+        rows, lanes = pl.ds(start, g.summed_steps), pl.ds(slot * g.state_lanes, g.state_lanes)
         store(smem["dBC"].at[rows, lanes], total)
 
 
@@ -269,8 +273,8 @@ def _finish(p: Problem, smem: Refs, refs: Refs, index: Any, carry: Carry) -> tup
         ddelta = x * B_dh + LN_2 * blocks.load_token(g, smem["tokens"], channels, column=_A_DA)
         if p.delta_softplus:
             ddelta = ddelta * softplus_gradient(step_size)
-        new_dD.append(carry.dD[tile] + dy * x)
-        new_ddelta_bias.append(carry.ddelta_bias[tile] + p.mask(ddelta, index))
+        new_dD.append(carry.dD[tile] + blocks.fold_steps(g, dy * x))
+        new_ddelta_bias.append(carry.ddelta_bias[tile] + blocks.fold_steps(g, p.mask(ddelta, index)))
         all_dx.append(dx)
         all_ddelta.append(ddelta)
     blocks.store_tokens(g, refs["x"], all_dx)

@@ -1,8 +1,9 @@
-"""What the kernels of the selective scan share: the stream of chunks, and moves between memories and registers."""
+"""What the kernels of the selective scan share: shapes, launch, and moves between memories and registers."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ State = tuple[jax.Array, ...]
 """The states of a block's channels in registers, one array a register tile."""
 
 _PER_CHANNEL = ("D", "delta_bias")
-_SHARED = ("BC", "keep")
+SHARED = ("BC", "keep")
 """Inputs that are the same for all channels: the warpgroups of a block load them once."""
-_COMMON = (*_SHARED, "loaded", "shared_loaded", "shared_read")
+_COMMON = (*SHARED, "loaded", "shared_loaded", "shared_read")
 """Scratch memory that a block has once, where a warpgroup has a piece of its own of everything else."""
 
 KEEP_LANES = 32
@@ -163,18 +164,18 @@ class Problem:
         return self.scratch((self.geometry.steps, count * self.geometry.channels), jnp.float32)
 
     def buffers(self, inputs: Mapping[str, jax.Array], streamed: Sequence[str]) -> dict[str, Any]:
-        """Shared memory for what ``stream`` loads: for each name, one slot a stage."""
+        """Shared memory for what ``Stream`` loads: for each name, one slot a stage."""
         g = self.geometry
         lanes, _, states = g.tile_shape
         shapes = {"BC": (g.steps, 2 * lanes, states), "keep": (KEEP_LANES,)}
         slots = {}
         for name in streamed:
-            if name in _SHARED:
+            if name in SHARED:
                 slots[name] = plgpu.SMEM((self.shared_stages, *shapes[name]), inputs[name].dtype)
             else:
                 slots[name] = self.scratch((self.stages, g.steps, g.channels), inputs[name].dtype)
         parameters = {name: self.scratch((g.channels,), jnp.float32) for name in _PER_CHANNEL if name in inputs}
-        num_shared = sum(name in _SHARED for name in streamed)
+        num_shared = sum(name in SHARED for name in streamed)
         return {
             **slots,
             **parameters,
@@ -192,92 +193,6 @@ class Problem:
                     source = gmem[name].at[pl.ds(block.index * g.channels + channels.start, g.token_channels)]
                     row = plgpu.load(source, layout=g.token_channel_layout, optimized=False)
                     store(smem[name].at[channels], row)
-
-    def stream(
-        self,
-        gmem: Refs,
-        smem: Refs,
-        streamed: Sequence[str],
-        block: Block,
-        chunk: Callable[[Any, Refs, Any], Any],
-        carry: Any,
-        *,
-        reverse: bool = False,
-    ) -> Any:
-        """Walks over the chunks of the block's part while the next ones are loaded.
-
-        Args:
-            gmem: references to the inputs.
-            smem: references to the buffers.
-            streamed: names of the inputs to load.
-            block: where.
-            chunk: ``chunk(index, refs, carry) -> carry``, with references to the loaded chunk by name. It may leave
-                results in them, and start copies out of them.
-            carry: passed from chunk to chunk.
-            reverse: whether to start with the last chunk.
-        """
-        count, stages, shared_stages = self.chunks_per_part, self.stages, self.shared_stages
-        own = [name for name in streamed if name not in _SHARED]
-        shared = [name for name in streamed if name in _SHARED]
-
-        def index(i: Any) -> Any:
-            return block.part * count + (count - 1 - i if reverse else i)
-
-        def loaded(slot: Any) -> Any:
-            return smem["loaded"].at[block.warpgroup * stages + slot]
-
-        def load(i: Any, slot: Any) -> None:
-            for name in own:
-                source = gmem[name].at[block.batch, self.rows(index(i)), block.channels]
-                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], loaded(slot))
-
-        def load_shared(i: Any, slot: Any) -> None:
-            sources = {
-                "BC": lambda ref: ref.at[block.batch, self.rows(index(i)), block.group],
-                "keep": lambda ref: ref.at[block.batch, index(i)],
-            }
-            for name in shared:
-                plgpu.copy_gmem_to_smem(sources[name](gmem[name]), smem[name].at[slot], smem["shared_loaded"].at[slot])
-
-        for i in range(stages):
-            load(i, i)
-
-        @pl.when(block.warpgroup == 0)
-        def _() -> None:
-            for i in range(shared_stages):
-                load_shared(i, i)
-
-        def step(i: Any, carry: Any) -> Any:
-            slot, shared_slot = lax.rem(i, stages), lax.rem(i, shared_stages)
-            # Before the last chunk's slot is filled again, copies out of it must have ended and all warps have read it.
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            if count > stages:
-
-                @pl.when((i > 0) & (i - 1 + stages < count))
-                def _() -> None:
-                    load(i - 1 + stages, lax.rem(i - 1, stages))
-
-            if count > shared_stages:
-
-                @pl.when((block.warpgroup == 0) & (i > 0) & (i - 1 + shared_stages < count))
-                def _() -> None:
-                    last = lax.rem(i - 1, shared_stages)
-                    if self.geometry.warpgroups > 1:
-                        plgpu.barrier_wait(smem["shared_read"].at[last])
-                    load_shared(i - 1 + shared_stages, last)
-
-            plgpu.barrier_wait(loaded(slot))
-            plgpu.barrier_wait(smem["shared_loaded"].at[shared_slot])
-            refs = {name: smem[name].at[slot] for name in own} | {name: smem[name].at[shared_slot] for name in shared}
-            carry = chunk(index(i), refs, carry)
-            if self.geometry.warpgroups > 1:
-                plgpu.barrier_arrive(smem["shared_read"].at[shared_slot])
-            return carry
-
-        carry = lax.fori_loop(0, count, step, carry)
-        plgpu.wait_smem_to_gmem(0)
-        return carry
 
     def step_sizes(self, smem: Refs, refs: Refs, chunk: Any, channels: slice) -> jax.Array:
         """delta' of a token tile, zero after the end of the sequence so that the state stays as it is."""
@@ -319,6 +234,12 @@ def store_tokens(g: Geometry, ref: Any, tokens: Sequence[jax.Array], *, column: 
     for channels, token in zip(g.token_tiles(), tokens, strict=True):
         first = column * g.channels + channels.start
         store(ref.at[:, first : first + g.token_channels], token.astype(ref.dtype))
+
+
+def store_columns(g: Geometry, ref: Any, columns: Sequence[Sequence[jax.Array]]) -> None:
+    """Stores several numbers a token, each given by token tile, into what ``Problem.token_columns`` reserved."""
+    for column, tokens in enumerate(columns):
+        store_tokens(g, ref, tokens, column=column)
 
 
 def load_columns(g: Geometry, ref: Any, step: Any, count: int) -> list[State]:
@@ -372,6 +293,17 @@ def store_state(g: Geometry, ref: Any, state: State) -> None:
         store(ref.at[:, channels], tile)
 
 
+def store_tiles(g: Geometry, ref: Any, state: State) -> None:
+    """Stores register tiles one after the other, (tiles, *tile_shape), for ``load_tiles`` to load."""
+    for tile in range(g.tiles):
+        store(ref.at[tile], state[tile])
+
+
+def load_tiles(g: Geometry, ref: Any) -> State:
+    """Loads what ``store_tiles`` stored."""
+    return tuple(plgpu.load(ref.at[tile], layout=g.state_layout, optimized=False) for tile in range(g.tiles))
+
+
 def zero_state(g: Geometry) -> State:
     """States of zero."""
     zeros = plgpu.layout_cast(jnp.zeros(g.tile_shape, jnp.float32), g.state_layout)
@@ -381,6 +313,12 @@ def zero_state(g: Geometry) -> State:
 def zero_tokens(g: Geometry) -> jax.Array:
     """Token tile of zeros."""
     return plgpu.layout_cast(jnp.zeros((g.steps, g.token_channels), jnp.float32), g.token_layout)
+
+
+def fold_steps(g: Geometry, token: jax.Array) -> jax.Array:
+    """Adds up what each lane holds of a token tile for different steps."""
+    rows = g.token_rows
+    return functools.reduce(jnp.add, [token[first : first + rows] for first in range(0, g.steps, rows)])
 
 
 def store_sums(g: Geometry, ref: Any, block: Block, tokens: Sequence[jax.Array]) -> None:

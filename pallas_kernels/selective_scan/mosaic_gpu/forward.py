@@ -16,6 +16,7 @@ from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
 from pallas_kernels.selective_scan.mosaic_gpu.geometry import SAVED_STEPS, Geometry
+from pallas_kernels.selective_scan.mosaic_gpu.stream import Stream
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> dict[str, jax.Array]:
@@ -38,6 +39,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         outputs["states"] = p.state_type(p.stored_length // SAVED_STEPS)
     scratch = p.buffers(inputs, streamed) | {
         "tokens": p.token_columns(2),
+        "y": p.scratch((g.steps, g.channels), inputs["x"].dtype),
         "partial_y": p.scratch((g.steps, g.state_lanes, g.padded_channels), jnp.float32),
     }
 
@@ -46,25 +48,39 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         A = blocks.load_state(g, gmem["A"].at[:, block.channels])
         p.load_parameters(gmem, smem, block)
 
-        def chunk(index: Any, refs: Refs, h: State) -> State:
-            tiles = g.token_tiles()
-            x = [blocks.load_token(g, refs["x"], channels) for channels in tiles]
-            step_size = [p.step_sizes(smem, refs, index, channels) for channels in tiles]
-            blocks.store_tokens(g, smem["tokens"], step_size, column=0)
-            blocks.store_tokens(g, smem["tokens"], [s * x for s, x in zip(step_size, x, strict=True)], column=1)
-            synchronize()
+        stream = Stream(p, gmem, smem, streamed, block)
+        stream.start()
+        blocks.store_columns(g, smem["tokens"], _prepare(p, smem, stream.wait(0), stream.index(0)))
+        synchronize()
+
+        def chunk(i: Any, h: State) -> State:
+            index, refs = stream.index(i), {**stream.refs(i), **stream.wait_shared(i)}
             for piece in range(g.steps // SAVED_STEPS):
                 if save_states:
                     saved = index * (g.steps // SAVED_STEPS) + piece
                     blocks.store_state(g, gmem["states"].at[block.batch, saved, :, block.channels], h)
                 h = _walk(p, refs, smem, A, h, piece * SAVED_STEPS)
+            stream.release_shared(i)
+            # Also waits until the last chunk's y has been copied out.
             synchronize()
-            blocks.store_tokens(g, refs["x"], [_output(g, refs, smem, channels) for channels in tiles])
+            stream.refill_shared(i - 1)
+
+            @pl.when(i + 1 < stream.count)
+            def _() -> None:
+                stream.wait(i + 1)
+
+            # One phase, so that the latencies of two overlap. After the last chunk it prepares what nobody will read.
+            y = [_output(g, refs, smem, channels) for channels in g.token_tiles()]
+            tokens = _prepare(p, smem, stream.refs(i + 1), stream.index(i + 1))
+            blocks.store_tokens(g, smem["y"], y)
+            blocks.store_columns(g, smem["tokens"], tokens)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(refs["x"], gmem["y"].at[block.batch, p.rows(index), block.channels])
+            plgpu.copy_smem_to_gmem(smem["y"], gmem["y"].at[block.batch, p.rows(index), block.channels])
+            stream.refill(i)
             return h
 
-        h = p.stream(gmem, smem, streamed, block, chunk, blocks.initial_state(p, gmem, block, A))
+        h = lax.fori_loop(0, stream.count, chunk, blocks.initial_state(p, gmem, block, A))
+        plgpu.wait_smem_to_gmem(0)
 
         @pl.when(block.part == p.num_parts - 1)
         def _() -> None:
@@ -72,6 +88,14 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
 
     results = p.launch(forward, inputs, outputs, scratch)
     return results | {"y": p.trim(results["y"])}
+
+
+def _prepare(p: Problem, smem: Refs, refs: Refs, index: Any) -> list[list[jax.Array]]:
+    """Computes what the steps need of each token: delta', then delta' x, both by token tile."""
+    g = p.geometry
+    x = [blocks.load_token(g, refs["x"], channels) for channels in g.token_tiles()]
+    step_sizes = [p.step_sizes(smem, refs, index, channels) for channels in g.token_tiles()]
+    return [step_sizes, [s * x for s, x in zip(step_sizes, x, strict=True)]]
 
 
 def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State, start: int) -> State:

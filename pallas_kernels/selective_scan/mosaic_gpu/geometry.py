@@ -36,8 +36,10 @@ class Geometry:
     steps: int = 16
     """Steps of a chunk: what is loaded, prepared and stored together. ``SAVED_STEPS`` in the backward kernel, a
     multiple of it in the forward kernel."""
-    history_steps: int = 8
-    """Steps whose states the backward kernel holds in shared memory; it walks over a chunk in pieces of these."""
+    piece_steps: int = 4
+    """Steps whose states the backward kernel holds in registers; of those before it keeps every such state."""
+    summed_steps: int = 8
+    """Steps after which the backward kernel sums the terms of dB and dC over the channels."""
     stages: int = 2
     """Chunks in shared memory at once, one in use and the others on their way."""
     shared_stages: int = 4
@@ -106,13 +108,18 @@ class Geometry:
         return max(widest, self.tile_channels)
 
     @functools.cached_property
+    def token_rows(self) -> int:
+        """Steps of a token tile that all lanes together hold one of each."""
+        rows = min(self.steps // WARPS, LANES)
+        while self.token_channels * rows // LANES > 4:  # 16 bytes of float32
+            rows //= 2
+        return WARPS * rows
+
+    @functools.cached_property
     def token_layout(self) -> Layout:
         """Of a token tile: neighbouring lanes own neighbouring channels, as wide as shared memory reads."""
-        rows = min(self.steps // WARPS, LANES)
-        while (vector := self.token_channels * rows // LANES) > 4:  # 16 bytes of float32
-            rows //= 2
-        width = self.token_channels
-        tiles = [(WARPS * rows, width), (rows, width), (1, vector)]
+        width, rows = self.token_channels, self.token_rows // WARPS
+        tiles = [(self.token_rows, width), (rows, width), (1, width * rows // LANES)]
         return register_tile(tiles, warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-1)
 
     @property
@@ -122,12 +129,12 @@ class Geometry:
 
     @functools.cached_property
     def channel_sum_layout(self) -> Layout:
-        """Of (history_steps, *tile_shape) when it is summed over its channels.
+        """Of (summed_steps, *tile_shape) when it is summed over its channels.
 
         A warp takes whole steps, two at once where it has the lanes, so that more of a sum is within a lane.
         """
         lanes, _, states = self.tile_shape
-        at_once = 2 if LANES // lanes >= 8 and self.history_steps >= 2 * WARPS else 1
+        at_once = 2 if LANES // lanes >= 8 and self.summed_steps >= 2 * WARPS else 1
         channels = LANES // lanes // at_once
         tiles = [(WARPS * at_once, lanes, channels, states), (at_once, lanes, channels, states), (1, 1, 1, states)]
         return register_tile(tiles, warp_dims=(-12,), lane_dims=(-8, -7, -6), vector_dim=-1)

@@ -18,6 +18,7 @@ from pallas_kernels.elementwise import sigmoid
 from pallas_kernels.mosaic_gpu_compat import synchronize
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
+from pallas_kernels.selective_scan.mosaic_gpu.stream import Stream
 
 
 def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> dict[str, jax.Array]:
@@ -67,7 +68,7 @@ def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> 
             return _walk(p, refs, smem, A, state, reverse), totals
 
         totals = tuple(blocks.zero_tokens(g) for _ in g.token_tiles())
-        state, totals = p.stream(gmem, smem, streamed, block, chunk, (blocks.zero_state(g), totals), reverse=reverse)
+        state, totals = Stream(p, gmem, smem, streamed, block, reverse=reverse).walk(chunk, (blocks.zero_state(g), totals))
         blocks.store_state(g, gmem["part_state"].at[block.batch, block.part, :, block.channels], state)
         blocks.store_sums(g, gmem["part_steps"].at[block.batch, block.part], block, totals)
 
