@@ -69,7 +69,7 @@ def _variants(
 ) -> Iterator[Plan]:
     """The plan in use, and then all that shared memory may have room for."""
     batch, length, channels, state = shape
-    yield choose(batch, length, channels, 1, state)
+    yield choose(batch, length, channels, 1, state, 2)
     for options in itertools.product((2, 1, 3, 4, 5), (1, 2, 3, 4, 5, 6), steps, unroll):
         geometry = Geometry(state, **dict(zip(("tiles", "warpgroups", "steps", "unroll"), options, strict=True)))
         if channels % geometry.block_channels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -133,10 +134,37 @@ def test_step_sizes_are_taken_as_they_are_without_the_softplus():
     assert_right(inputs._replace(delta=jnp.abs(inputs.delta) / 10), delta_softplus=False)
 
 
+def in_step(choose, warpgroups):
+    """The same plans with so many warpgroups a block."""
+
+    def chosen(*arguments):
+        p = choose(*arguments)
+        return dataclasses.replace(p, geometry=dataclasses.replace(p.geometry, warpgroups=warpgroups))
+
+    return chosen
+
+
+@pytest.mark.parametrize("length", [40, 260], ids=["whole", "in parts"])
+def test_warpgroups_that_share_their_loads_compute_the_definition(length, monkeypatch):
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(plan, name, in_step(getattr(plan, name), 2))
+    assert_right(make_inputs(1, length, 128, 16, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("dims", "warpgroups"),
+    [((8, 2048, 5120, 16), 5), ((8, 2048, 1536, 16), 3), ((8, 2048, 1568, 16), 1), ((1, 2048, 1536, 16), 1)],
+    ids=str,
+)
+def test_warpgroups_keep_step_where_that_fills_the_gpu(dims, warpgroups):
+    batch, length, channels, state = dims
+    assert plan.forward(batch, length, channels, 1, state, 2).geometry.warpgroups == warpgroups
+
+
 def test_parts_of_a_long_sequence_join_to_the_whole():
     inputs = make_inputs(1, 260, 32, 16, optional=("segment_ids", "initial_state"))
-    assert plan.forward(1, 260, 32, 1, 16).num_parts > 1
-    assert plan.backward(1, 260, 32, 1, 16).num_parts > 1
+    assert plan.forward(1, 260, 32, 1, 16, 4).num_parts > 1
+    assert plan.backward(1, 260, 32, 1, 16, 4).num_parts > 1
     assert_right(inputs)
 
 
@@ -153,8 +181,8 @@ def test_parts_of_a_long_sequence_join_to_the_whole():
 )
 def test_a_long_sequence_of_few_channels_is_split_into_parts(dims, forward_is_split, backward_is_split):
     batch, length, channels, state = dims
-    assert (plan.forward(batch, length, channels, 1, state).num_parts > 1) == forward_is_split
-    assert (plan.backward(batch, length, channels, 1, state).num_parts > 1) == backward_is_split
+    assert (plan.forward(batch, length, channels, 1, state, 2).num_parts > 1) == forward_is_split
+    assert (plan.backward(batch, length, channels, 1, state, 2).num_parts > 1) == backward_is_split
 
 
 @pytest.mark.parametrize("shared", [("A", "D", "C"), ("D",)], ids=["parameters and C shared", "A per instance"])
@@ -251,6 +279,12 @@ def test_any_length_on_a_gpu(length, dtype):
 @pytest.mark.parametrize("channels", [8, 256, 1536])
 def test_any_size_on_a_gpu(channels, state, dtype):
     assert_right(make_inputs(1, 100, channels, state, dtype=dtype), interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [1536, 5120])
+def test_many_channels_on_a_gpu(channels):
+    assert_right(make_inputs(8, 100, channels, 16, dtype="bfloat16"), interpret=False)
 
 
 @pytest.mark.gpu

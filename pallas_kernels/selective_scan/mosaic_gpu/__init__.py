@@ -14,8 +14,8 @@ from pallas_kernels.mosaic_gpu_compat import missing_hardware
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.selective_scan.inputs import Inputs
 from pallas_kernels.selective_scan.mosaic_gpu import backward, forward, parts, plan
-from pallas_kernels.selective_scan.mosaic_gpu.blocks import KEEP_LANES, Problem
-from pallas_kernels.selective_scan.mosaic_gpu.geometry import MAX_STATE
+from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem
+from pallas_kernels.selective_scan.mosaic_gpu.geometry import KEEP_LANES, MAX_STATE
 from pallas_kernels.sharding import vary_like
 
 _TOKEN_DTYPES = ("float32", "bfloat16", "float16")
@@ -130,7 +130,8 @@ def _prepare(arrays: Arrays, delta_softplus: bool, choose: Any) -> tuple[Problem
     batch, length, channels = arrays["x"].shape
     groups, state = arrays["B"].shape[2:]
     width = plan.padded_channels(channels // groups, state) * groups
-    chosen = choose(batch, length, width, groups, plan.padded_state(state))
+    itemsize = max(arrays[name].dtype.itemsize for name in ("x", "delta", "z", "dy") if name in arrays)
+    chosen = choose(batch, length, width, groups, plan.padded_state(state), itemsize)
     g = chosen.geometry
     p = Problem(g, batch, length, width, groups, delta_softplus, chosen.num_parts)
     padded = {}

@@ -71,7 +71,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         # Terms of dB and dC, one a channel of a register tile. With 16-bit data they are rounded like the sums they
         # make, which halves the traffic of shared memory, the bottleneck of this kernel.
         "dBC": p.scratch((g.steps, 2 * lanes, states), jnp.float32),
-        "terms": p.scratch((g.summed_steps, 2, lanes, channels, states), terms_dtype),
+        "terms": p.scratch((g.summed_steps, 2, channels, lanes, states), terms_dtype),
     }
 
     def backward(gmem: Refs, smem: Refs) -> None:
@@ -215,7 +215,7 @@ def _walk_back(
         store(smem["tokens"].at[t, g.channels : g.channels + sums.size], sums)
         for slot, terms in enumerate((dB_terms, dC_terms)):
             term = functools.reduce(jnp.add, terms)
-            store(smem["terms"].at[t - start, slot], term.astype(smem["terms"].dtype))
+            store(_terms(smem, t - start, slot), term.astype(smem["terms"].dtype))
         return tuple(new_dh), tuple(new_dA)
 
     pieces = g.summed_steps // g.piece_steps
@@ -239,11 +239,21 @@ def _sum_over_states(tile: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sum(tile, axis=2), axis=0)
 
 
+def _terms(smem: Refs, steps: Any, slot: int) -> Any:
+    """Terms of dB or dC in steps, as register tiles have them, though lanes of a channel are neighbours in memory.
+
+    So a warp's lanes meet in no bank, when they store a step's terms and when they load those of several channels.
+    """
+    ref = smem["terms"].at[steps, slot]
+    dims = (1, 0, 2) if len(ref.shape) == 3 else (0, 2, 1, 3)
+    return ref.transpose(dims)
+
+
 def _sum_over_channels(p: Problem, smem: Refs, start: int) -> None:
     """Puts dB and dC of a piece of the chunk, summed over the warpgroup's channels, into "dBC"."""
     g = p.geometry
     for slot in range(2):
-        terms = plgpu.load(smem["terms"].at[:, slot], layout=g.channel_sum_layout, optimized=False)
+        terms = plgpu.load(_terms(smem, slice(None), slot), layout=g.channel_sum_layout, optimized=False)
         total = jnp.sum(terms.astype(jnp.float32), axis=2)
         rows, lanes = pl.ds(start, g.summed_steps), pl.ds(slot * g.state_lanes, g.state_lanes)
         store(smem["dBC"].at[rows, lanes], total)

@@ -14,7 +14,7 @@ from jax import lax
 
 from pallas_kernels.elementwise import softplus
 from pallas_kernels.mosaic_gpu_compat import plgpu, store
-from pallas_kernels.selective_scan.mosaic_gpu.geometry import COMPILER_PARAMS, Geometry, Layout
+from pallas_kernels.selective_scan.mosaic_gpu.geometry import COMPILER_PARAMS, KEEP_LANES, Geometry, Layout
 from pallas_kernels.sharding import vary_like
 
 Refs = Mapping[str, Any]
@@ -27,8 +27,6 @@ SHARED = ("BC", "keep")
 _COMMON = (*SHARED, "loaded", "shared_loaded", "shared_read")
 """Scratch memory that a block has once, where a warpgroup has a piece of its own of everything else."""
 
-KEEP_LANES = 32
-"""Numbers a chunk in "keep": at least the steps of a chunk, and enough bytes for a bulk copy."""
 
 
 class Block(NamedTuple):
@@ -99,7 +97,9 @@ class Problem:
 
     @property
     def shared_stages(self) -> int:
-        return min(self.geometry.shared_stages, self.chunks_per_part)
+        # A single warpgroup can be no further ahead of itself than its own data are.
+        stages = self.geometry.shared_stages if self.geometry.warpgroups > 1 else self.stages
+        return min(stages, self.chunks_per_part)
 
     def state_type(self, *dims: int) -> jax.ShapeDtypeStruct:
         """Type of an array of states of all channels, with further dimensions after the batch."""

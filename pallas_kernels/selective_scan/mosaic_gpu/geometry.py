@@ -12,6 +12,8 @@ Layout = Any
 
 MAX_STATE = 256
 MAX_TOKEN_CHANNELS = 64
+KEEP_LANES = 32
+"""Numbers a chunk in "keep": at least the steps of a chunk, and enough bytes for a bulk copy."""
 SAVED_STEPS = 16
 """The forward kernel saves a state every so many steps for the backward kernel."""
 

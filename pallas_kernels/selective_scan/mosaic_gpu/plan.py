@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.selective_scan.mosaic_gpu.geometry import Geometry
+from pallas_kernels.selective_scan.mosaic_gpu.geometry import KEEP_LANES, Geometry
 
 _MULTIPROCESSORS = 132
 """Of an H100 or H200. Others are not far from it, and a plan for the wrong number is only somewhat slower."""
+_SHARED_MEMORY = 227 * 1024
+"""Bytes that a block may have."""
+_MAX_WARPGROUPS = 5
+"""Of a block, such that a lane has registers enough for eight states; for more, three."""
+_SINGLE_TILE_COST = 1.15
+"""Time for a channel in a warpgroup of one tile, in that for a channel in one of two, which load B and C half as often."""
+_ALONE = 1.2
+"""Time for the same work in warpgroups that are not in step, since the last ones have a multiprocessor alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +38,7 @@ def padded_channels(channels: int, state: int) -> int:
     return -(-channels // block) * block
 
 
-def forward(batch: int, length: int, channels: int, groups: int, state: int) -> Plan:
+def forward(batch: int, length: int, channels: int, groups: int, state: int, itemsize: int) -> Plan:
     """Plan of the forward kernel.
 
     Args:
@@ -39,6 +47,7 @@ def forward(batch: int, length: int, channels: int, groups: int, state: int) -> 
         channels: channels of all groups, as padded by ``padded_channels``.
         groups: groups of channels.
         state: states of a channel, as padded by ``padded_state``.
+        itemsize: bytes of a number of x, delta or z.
     """
     geometries = _geometries(state, unroll=4)
     geometry, single = _largest_that_fits(channels // groups, geometries), geometries[-1]
@@ -47,15 +56,26 @@ def forward(batch: int, length: int, channels: int, groups: int, state: int) -> 
         # A quarter of the GPU would have nothing to do: then it pays to read the input twice.
         num_chunks = -(-length // geometry.steps)
         return Plan(geometry, max(min(8 * _MULTIPROCESSORS // num_blocks, num_chunks // 8), 1))
-    if num_blocks >= 4 * _MULTIPROCESSORS:
-        return Plan(geometry, 1)
-    # Too few blocks to share them out evenly: rather more of half the size, with longer chunks where shared memory has
-    # room for them.
-    return Plan(dataclasses.replace(single, steps=32 if state <= 32 else 16), 1)
+    # Chunks of one tile are longer, where shared memory has room for them.
+    single = dataclasses.replace(single, steps=32 if state <= 32 else 16)
+    in_step = [
+        dataclasses.replace(g, warpgroups=warpgroups)
+        for g in (*geometries[:-1], single)
+        for warpgroups in range(_MAX_WARPGROUPS if g.tiles * g.states_per_lane <= 8 else 3, 2, -1)
+        if channels // groups % (warpgroups * g.channels) == 0
+    ]
+    in_step = [g for g in in_step if _forward_bytes(g, itemsize) <= _SHARED_MEMORY]
+    # Fewer blocks than multiprocessors leave some without work, a few more than that leave most without for a second wave.
+    best = min(in_step, key=lambda g: _forward_cost(g, batch * channels), default=None)
+    alone = geometry if num_blocks >= 4 * _MULTIPROCESSORS else single
+    if best is not None and _forward_cost(best, batch * channels) <= _ALONE * _cost_of_all(alone, batch * channels):
+        return Plan(best, 1)
+    return Plan(alone, 1)
 
 
-def backward(batch: int, length: int, channels: int, groups: int, state: int) -> Plan:
+def backward(batch: int, length: int, channels: int, groups: int, state: int, itemsize: int) -> Plan:
     """Plan of the backward kernel; the arguments are those of ``forward``."""
+    del itemsize
     geometry = _largest_that_fits(channels // groups, _geometries(state))
     num_blocks = batch * channels // geometry.channels
     if num_blocks >= 2 * _MULTIPROCESSORS:
@@ -79,3 +99,24 @@ def _geometries(state: int, unroll: int = 2) -> list[Geometry]:
 
 def _largest_that_fits(channels: int, geometries: list[Geometry]) -> Geometry:
     return next(g for g in geometries if channels % g.channels == 0)
+
+
+def _forward_bytes(g: Geometry, itemsize: int) -> int:
+    """Shared memory of a block of the forward kernel, at most."""
+    tokens = g.steps * g.channels
+    streamed = (3 * g.stages + 1) * tokens * itemsize
+    floats = 4 * (2 * tokens + g.steps * g.state_lanes * g.padded_channels + 2 * g.channels)
+    shared = 4 * g.shared_stages * (2 * g.steps * g.state + KEEP_LANES)
+    alignment = 12 * 1024
+    return g.warpgroups * (streamed + floats) + shared + alignment
+
+
+def _cost_of_all(g: Geometry, channels: int) -> float:
+    """Time of so many channels if all multiprocessors shared them evenly."""
+    return channels / _MULTIPROCESSORS * (_SINGLE_TILE_COST if g.tiles == 1 else 1.0)
+
+
+def _forward_cost(g: Geometry, channels: int) -> float:
+    """Time of so many channels in blocks that fill a multiprocessor each."""
+    waves = -(-channels // g.block_channels // _MULTIPROCESSORS)
+    return _cost_of_all(g, waves * _MULTIPROCESSORS * g.block_channels)
