@@ -98,7 +98,7 @@ def tune(
     expected = None
     for chosen in variants:
         g = chosen.geometry
-        label = f"{g.warpgroups} x {g.tiles} tiles steps {g.steps} unroll {g.unroll} stages {g.stages} parts {chosen.num_parts}"
+        label = f"{g.warpgroups} x {g.tiles} tiles steps {g.steps} unroll {g.unroll} parts {chosen.num_parts}"
         if time.monotonic() > deadline:
             print("out of time", flush=True)
             return

@@ -68,9 +68,9 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         "tokens": p.token_columns(4 if "z" in inputs else 3),
         # The state before every piece; those within it are computed again on the way back.
         "history": p.scratch((g.steps // g.piece_steps, g.tiles, lanes, channels, states), jnp.float32),
+        "dBC": p.scratch((g.steps, 2 * lanes, states), jnp.float32),
         # Terms of dB and dC, one a channel of a register tile. With 16-bit data they are rounded like the sums they
         # make, which halves the traffic of shared memory, the bottleneck of this kernel.
-        "dBC": p.scratch((g.steps, 2 * lanes, states), jnp.float32),
         "terms": p.scratch((g.summed_steps, 2, channels, lanes, states), terms_dtype),
     }
 
@@ -172,8 +172,8 @@ def _advance(p: Problem, smem: Refs, refs: Refs, A: State, h: State, first: Any)
     g = p.geometry
     states, decays = [], []
     for t in [first + u for u in range(g.piece_steps)]:
-        step_size, x = blocks.load_columns(g, smem["tokens"], t, 2)
-        B = blocks.load_B(g, refs, t)
+        step_size, x = blocks.spread_columns(g, blocks.load_columns(g, smem["tokens"], t, 2))
+        B = blocks.spread_matrix(g, blocks.load_B(g, refs, t))
         keep = refs["keep"][t] if "keep" in refs else None
         decays.append(tuple(blocks.decay(s, a, keep) for s, a in zip(step_size, A, strict=True)))
         h = tuple(decays[-1][tile] * h[tile] + x[tile] * B for tile in range(g.tiles))
@@ -181,9 +181,7 @@ def _advance(p: Problem, smem: Refs, refs: Refs, A: State, h: State, first: Any)
     return states, decays
 
 
-def _walk_back(
-    p: Problem, smem: Refs, refs: Refs, A: State, dh: State, dA: State, start: int
-) -> tuple[State, State]:
+def _walk_back(p: Problem, smem: Refs, refs: Refs, A: State, dh: State, dA: State, start: int) -> tuple[State, State]:
     """Walks back over ``summed_steps`` of the chunk; returns the gradients of the state before them and of A.
 
     Leaves in "tokens" the sums over the states of B dh, of A times the gradient of delta' A, and of C h; in "terms"
@@ -192,12 +190,11 @@ def _walk_back(
     g = p.geometry
 
     def operands(t: Any) -> _Operands:
-        columns = blocks.load_columns(g, smem["tokens"], t, 3)
-        return _Operands(*columns, blocks.load_B(g, refs, t), blocks.load_C(g, refs, t))
+        columns = blocks.spread_columns(g, blocks.load_columns(g, smem["tokens"], t, 3))
+        matrices = [blocks.spread_matrix(g, row) for row in (blocks.load_B(g, refs, t), blocks.load_C(g, refs, t))]
+        return _Operands(*columns, *matrices)
 
-    def step(
-        t: Any, o: _Operands, decay: State, before: State, h: State, dh: State, dA: State
-    ) -> tuple[State, State]:
+    def step(t: Any, o: _Operands, decay: State, before: State, h: State, dh: State, dA: State) -> tuple[State, State]:
         new_dh, new_dA, dB_terms, dC_terms, B_dh, A_da, C_h = [], [], [], [], [], [], []
         for tile in range(g.tiles):
             d = dh[tile] + o.dy[tile] * o.C

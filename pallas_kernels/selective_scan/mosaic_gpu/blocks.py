@@ -28,7 +28,6 @@ _COMMON = (*SHARED, "loaded", "shared_loaded", "shared_read")
 """Scratch memory that a block has once, where a warpgroup has a piece of its own of everything else."""
 
 
-
 class Block(NamedTuple):
     """Which piece of the problem this warpgroup works on."""
 
@@ -242,32 +241,68 @@ def store_columns(g: Geometry, ref: Any, columns: Sequence[Sequence[jax.Array]])
         store_tokens(g, ref, tokens, column=column)
 
 
-def load_columns(g: Geometry, ref: Any, step: Any, count: int) -> list[State]:
-    """Loads the first columns of a step, from what ``Problem.token_columns`` reserved; each as ``spread_channels`` has it."""
+def load_columns(g: Geometry, ref: Any, step: Any, count: int) -> jax.Array:
+    """Loads the first columns of a step, from what ``Problem.token_columns`` reserved, side by side."""
     # One load for all, which the compiler makes of as few instructions as the hardware allows.
-    row = plgpu.load(ref.at[step, : count * g.channels], layout=g.channel_layout, optimized=False)
-    return [spread_channels(g, row[i : i + g.channels]) for i in range(0, row.size, g.channels)]
+    return plgpu.load(ref.at[step, : count * g.channels], layout=g.channel_layout, optimized=False)
 
 
-def spread_channels(g: Geometry, row: jax.Array) -> State:
-    """Repeats one number a channel of the block for every state: an array a register tile."""
+def spread_columns(g: Geometry, columns: jax.Array) -> list[State]:
+    """Repeats every number a channel for its states: for each column an array a register tile."""
+    return [_spread_channels(g, columns[i : i + g.channels]) for i in range(0, columns.size, g.channels)]
+
+
+def _spread_channels(g: Geometry, row: jax.Array) -> State:
     tiles = [row[channels] for channels in g.register_tiles()]
     return tuple(spread(tile, g.tile_shape, (1,), g.state_layout) for tile in tiles)
 
 
 def load_B(g: Geometry, refs: Refs, step: Any) -> jax.Array:
-    """Loads a row of B, repeated for every channel of a register tile."""
-    return _load_matrix(g, refs["BC"].at[step, : g.state_lanes])
+    """Loads a row of B, (state_lanes, states_per_lane)."""
+    return plgpu.load(refs["BC"].at[step, : g.state_lanes], layout=g.matrix_layout, optimized=False)
 
 
 def load_C(g: Geometry, refs: Refs, step: Any) -> jax.Array:
-    """Loads a row of C, repeated for every channel of a register tile."""
-    return _load_matrix(g, refs["BC"].at[step, g.state_lanes :])
+    """Loads a row of C, (state_lanes, states_per_lane)."""
+    return plgpu.load(refs["BC"].at[step, g.state_lanes :], layout=g.matrix_layout, optimized=False)
 
 
-def _load_matrix(g: Geometry, ref: Any) -> jax.Array:
-    row = plgpu.load(ref, layout=g.matrix_layout, optimized=False)
+def spread_matrix(g: Geometry, row: jax.Array) -> jax.Array:
+    """Repeats a row of B or C for every channel of a register tile."""
     return spread(row, g.tile_shape, (0, 2), g.state_layout)
+
+
+def take_steps(
+    count: int,
+    unroll: int,
+    row: Callable[[Any], Any],
+    load: Callable[[Any], Any],
+    take: Callable[[Any, Any, Any], Any],
+    carry: Any,
+) -> Any:
+    """Takes steps while what the next ones need is loaded.
+
+    Args:
+        count: how many.
+        unroll: how many are loaded at once; a divisor of ``count``.
+        row: row in the chunk of the i-th step.
+        load: ``load(row) -> operands``, as they lie in shared memory.
+        take: ``take(row, operands, carry) -> carry``.
+        carry: passed from step to step.
+    """
+
+    def some(i: Any, carry: Any) -> Any:
+        carry, loaded = carry
+        # Before the first store, past which the compiler would not move them. The last ones are loaded in vain.
+        following = jnp.minimum(i + 1, count // unroll - 1) * unroll
+        prefetched = tuple(load(row(following + u)) for u in range(unroll))
+        for u, operands in enumerate(loaded):
+            carry = take(row(i * unroll + u), operands, carry)
+        return carry, prefetched
+
+    first = tuple(load(row(u)) for u in range(unroll))
+    carry, _ = lax.fori_loop(0, count // unroll, some, (carry, first))
+    return carry
 
 
 def spread(array: jax.Array, shape: tuple[int, ...], dims: tuple[int, ...], layout: Layout) -> jax.Array:
@@ -355,7 +390,7 @@ def carry_over_parts(
         part = order(i)
         gained = load_state(g, gmem["part_state"].at[block.batch, part, :, block.channels])
         steps = gmem["part_steps"].at[block.batch, part, block.channels]
-        step_size = spread_channels(g, plgpu.load(steps, layout=g.channel_layout, optimized=False))
+        (step_size,) = spread_columns(g, plgpu.load(steps, layout=g.channel_layout, optimized=False))
         keep = gmem["part_keep"][block.batch, part] if "part_keep" in gmem else None
         return tuple(decay(step_size[i], A[i], keep) * h[i] + gained[i] for i in range(g.tiles))
 

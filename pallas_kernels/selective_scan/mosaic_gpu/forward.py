@@ -102,22 +102,20 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, h: State, start: int) ->
     """Takes ``SAVED_STEPS`` steps of a chunk; leaves each lane's part of C h in shared memory."""
     g = p.geometry
 
-    def operands(t: Any) -> tuple[Any, ...]:
-        step_size, x = blocks.load_columns(g, smem["tokens"], t, 2)
-        keep = refs["keep"][t] if "keep" in refs else None
-        return step_size, x, blocks.load_B(g, refs, t), blocks.load_C(g, refs, t), keep
+    def load(t: Any) -> tuple[jax.Array, ...]:
+        return blocks.load_columns(g, smem["tokens"], t, 2), blocks.load_B(g, refs, t), blocks.load_C(g, refs, t)
 
-    def steps(i: Any, h: State) -> State:
-        rows = [start + i * g.unroll + u for u in range(g.unroll)]
-        # Loaded before the first store, past which the compiler would not move them.
-        loaded = [operands(t) for t in rows]
-        for t, (step_size, x, B, C, keep) in zip(rows, loaded, strict=True):
-            h = tuple(blocks.decay(step_size[tile], A[tile], keep) * h[tile] + x[tile] * B for tile in range(g.tiles))
-            partial_y = jnp.concatenate([jnp.sum(tile * C, axis=2) for tile in h], axis=1)
-            store(smem["partial_y"].at[t, :, : g.channels], partial_y)
+    def take(t: Any, operands: tuple[jax.Array, ...], h: State) -> State:
+        columns, B, C = operands
+        step_size, x = blocks.spread_columns(g, columns)
+        B, C = blocks.spread_matrix(g, B), blocks.spread_matrix(g, C)
+        keep = refs["keep"][t] if "keep" in refs else None
+        h = tuple(blocks.decay(step_size[tile], A[tile], keep) * h[tile] + x[tile] * B for tile in range(g.tiles))
+        partial_y = jnp.concatenate([jnp.sum(tile * C, axis=2) for tile in h], axis=1)
+        store(smem["partial_y"].at[t, :, : g.channels], partial_y)
         return h
 
-    return lax.fori_loop(0, SAVED_STEPS // g.unroll, steps, h)
+    return blocks.take_steps(SAVED_STEPS, g.unroll, lambda i: start + i, load, take, h)
 
 
 def _output(g: Geometry, refs: Refs, smem: Refs, channels: slice) -> jax.Array:

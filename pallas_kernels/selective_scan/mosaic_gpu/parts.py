@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.elementwise import sigmoid
 from pallas_kernels.mosaic_gpu_compat import synchronize
@@ -68,7 +67,9 @@ def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> 
             return _walk(p, refs, smem, A, state, reverse), totals
 
         totals = tuple(blocks.zero_tokens(g) for _ in g.token_tiles())
-        state, totals = Stream(p, gmem, smem, streamed, block, reverse=reverse).walk(chunk, (blocks.zero_state(g), totals))
+        state, totals = Stream(p, gmem, smem, streamed, block, reverse=reverse).walk(
+            chunk, (blocks.zero_state(g), totals)
+        )
         blocks.store_state(g, gmem["part_state"].at[block.batch, block.part, :, block.channels], state)
         blocks.store_sums(g, gmem["part_steps"].at[block.batch, block.part], block, totals)
 
@@ -79,9 +80,14 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, state: State, reverse: b
     """Takes the steps of a chunk."""
     g = p.geometry
 
-    def step(t: Any, state: State) -> State:
+    def load(t: Any) -> tuple[jax.Array, jax.Array]:
         row = blocks.load_C(g, refs, t) if reverse else blocks.load_B(g, refs, t)
-        step_size, signal = blocks.load_columns(g, smem["tokens"], t, 2)
+        return blocks.load_columns(g, smem["tokens"], t, 2), row
+
+    def take(t: Any, operands: tuple[jax.Array, jax.Array], state: State) -> State:
+        columns, row = operands
+        step_size, signal = blocks.spread_columns(g, columns)
+        row = blocks.spread_matrix(g, row)
         keep = refs["keep"][t] if "keep" in refs else None
         decay = [blocks.decay(s, a, keep) for s, a in zip(step_size, A, strict=True)]
         gain = [s * row for s in signal]
@@ -89,10 +95,4 @@ def _walk(p: Problem, refs: Refs, smem: Refs, A: State, state: State, reverse: b
             return tuple(decay[i] * (state[i] + gain[i]) for i in range(g.tiles))
         return tuple(decay[i] * state[i] + gain[i] for i in range(g.tiles))
 
-    def steps(i: Any, state: State) -> State:
-        for u in range(g.unroll):
-            t = i * g.unroll + u
-            state = step(g.steps - 1 - t if reverse else t, state)
-        return state
-
-    return lax.fori_loop(0, g.steps // g.unroll, steps, state)
+    return blocks.take_steps(g.steps, g.unroll, lambda i: g.steps - 1 - i if reverse else i, load, take, state)
