@@ -13,7 +13,7 @@ _SHARED_MEMORY = 227 * 1024
 _MAX_WARPGROUPS = 5
 """Of a block, such that a lane has registers enough for eight states; for more, three."""
 _SINGLE_TILE_COST = 1.15
-"""Time for a channel in a warpgroup of one tile, in that for a channel in one of two, which load B and C half as often."""
+"""Time for a channel in a warpgroup of one tile, relative to one of two tiles, which loads B and C half as often."""
 _ALONE = 1.2
 """Time for the same work in warpgroups that are not in step, since the last ones have a multiprocessor alone."""
 
@@ -65,7 +65,6 @@ def forward(batch: int, length: int, channels: int, groups: int, state: int, ite
         if channels // groups % (warpgroups * g.channels) == 0
     ]
     in_step = [g for g in in_step if _forward_bytes(g, itemsize) <= _SHARED_MEMORY]
-    # Fewer blocks than multiprocessors leave some without work, a few more than that leave most without for a second wave.
     best = min(in_step, key=lambda g: _forward_cost(g, batch * channels), default=None)
     alone = geometry if num_blocks >= 4 * _MULTIPROCESSORS else single
     if best is not None and _forward_cost(best, batch * channels) <= _ALONE * _cost_of_all(alone, batch * channels):
