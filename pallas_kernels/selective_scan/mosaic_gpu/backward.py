@@ -190,9 +190,9 @@ def _walk_back(p: Problem, smem: Refs, refs: Refs, A: State, dh: State, dA: Stat
     g = p.geometry
 
     def operands(t: Any) -> _Operands:
-        columns = blocks.spread_columns(g, blocks.load_columns(g, smem["tokens"], t, 3))
-        matrices = [blocks.spread_matrix(g, row) for row in (blocks.load_B(g, refs, t), blocks.load_C(g, refs, t))]
-        return _Operands(*columns, *matrices)
+        step_size, x, dy = blocks.spread_columns(g, blocks.load_columns(g, smem["tokens"], t, 3))
+        B, C = blocks.load_B(g, refs, t), blocks.load_C(g, refs, t)
+        return _Operands(step_size, x, dy, blocks.spread_matrix(g, B), blocks.spread_matrix(g, C))
 
     def step(t: Any, o: _Operands, decay: State, before: State, h: State, dh: State, dA: State) -> tuple[State, State]:
         new_dh, new_dA, dB_terms, dC_terms, B_dh, A_da, C_h = [], [], [], [], [], [], []

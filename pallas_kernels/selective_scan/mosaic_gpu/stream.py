@@ -77,7 +77,7 @@ class Stream:
             plgpu.barrier_arrive(self.smem["shared_read"].at[self._shared_slot(i)])
 
     def refill_shared(self, i: Any) -> None:
-        """Loads a later chunk into the shared slot of a chunk that this warpgroup has read, when all others have too."""
+        """Loads a later chunk into the shared slot of one that this warpgroup has read, once all others have too."""
         if self.count > self.problem.shared_stages:
 
             @pl.when((self.block.warpgroup == 0) & (i >= 0) & (i + self.problem.shared_stages < self.count))
