@@ -280,7 +280,7 @@ def take_steps(
     take: Callable[[Any, Any, Any], Any],
     carry: Any,
 ) -> Any:
-    """Takes steps while what the next ones need is loaded.
+    """Takes steps.
 
     Args:
         count: how many.
@@ -292,17 +292,14 @@ def take_steps(
     """
 
     def some(i: Any, carry: Any) -> Any:
-        carry, loaded = carry
-        # Before the first store, past which the compiler would not move them. The last ones are loaded in vain.
-        following = jnp.minimum(i + 1, count // unroll - 1) * unroll
-        prefetched = tuple(load(row(following + u)) for u in range(unroll))
-        for u, operands in enumerate(loaded):
-            carry = take(row(i * unroll + u), operands, carry)
-        return carry, prefetched
+        rows = [row(i * unroll + u) for u in range(unroll)]
+        # Loaded before the first store, past which the compiler would not move them.
+        loaded = [load(t) for t in rows]
+        for t, operands in zip(rows, loaded, strict=True):
+            carry = take(t, operands, carry)
+        return carry
 
-    first = tuple(load(row(u)) for u in range(unroll))
-    carry, _ = lax.fori_loop(0, count // unroll, some, (carry, first))
-    return carry
+    return lax.fori_loop(0, count // unroll, some, carry)
 
 
 def spread(array: jax.Array, shape: tuple[int, ...], dims: tuple[int, ...], layout: Layout) -> jax.Array:
