@@ -1,0 +1,71 @@
+"""The trapezoidal SSD operator as a recurrence: one token after the other.
+
+Lahoti et al., "Mamba-3: Improved Sequence Modeling using State Space Principles", 2026 (arXiv:2603.15569). It keeps
+every state for the backward pass.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.segments import segment_starts
+from pallas_kernels.trapezoidal_ssd import ranks, rotation
+from pallas_kernels.trapezoidal_ssd.inputs import Inputs, State
+
+
+def unsupported_reason(
+    inputs: Inputs, *, delta_softplus: bool, norm_epsilon: float, chunk_size: int | None
+) -> str | None:
+    """Runs everywhere."""
+    del inputs, delta_softplus, norm_epsilon, chunk_size
+
+
+def trapezoidal_ssd(
+    inputs: Inputs, *, delta_softplus: bool, norm_epsilon: float, chunk_size: int | None
+) -> tuple[jax.Array, ...]:
+    """Computes y and the parts of the final state; see ``Inputs``. It has no chunks, of any size."""
+    del chunk_size
+    dtype = inputs.real_dtype
+    ids = inputs.segment_ids
+    starts = jnp.zeros(inputs.x.shape[:2], bool) if ids is None else segment_starts(ids)
+
+    def step(state, token):
+        x, delta, A, B, C, lambda_, theta, z, starts = token
+        h, B_before, x_before, angle = jax.tree.map(lambda part: _forget(part, starts), state)
+        angle = rotation.wrap(angle + delta[..., None] * theta[:, None])
+        B = rotation.rotate(ranks.matrix_per_head(B, inputs.B_bias, inputs), angle[:, :, None])
+        C = rotation.rotate(ranks.matrix_per_head(C, inputs.C_bias, inputs), angle[:, :, None])
+        u, u_before = ranks.input_per_rank(x, inputs), ranks.input_per_rank(x_before, inputs)
+
+        alpha = jnp.exp(delta * A)
+        beta = (1 - lambda_) * delta * alpha
+        gamma = lambda_ * delta
+        h = alpha[..., None, None] * h
+        h = h + beta[..., None, None] * _product("bhrp,bhrn->bhpn", u_before, B_before)
+        h = h + gamma[..., None, None] * _product("bhrp,bhrn->bhpn", u, B)
+        y = ranks.output(_product("bhpn,bhrn->bhrp", h, C), u, z, inputs, norm_epsilon=norm_epsilon)
+        return State(h, B, x, angle), y
+
+    tokens = (
+        inputs.x.astype(dtype),
+        inputs.step_sizes(delta_softplus=delta_softplus),
+        inputs.A.astype(dtype),
+        inputs.B,
+        inputs.C,
+        inputs.lambda_.astype(dtype),
+        inputs.theta.astype(dtype),
+        inputs.z,
+        starts,
+    )
+    state = State(inputs.initial_ssm, inputs.initial_B, inputs.initial_x, inputs.initial_angle)
+    state, y = jax.lax.scan(step, state, jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), tokens))
+    return jnp.moveaxis(y, 0, 1).astype(inputs.x.dtype), *state
+
+
+def _forget(part: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.where(rows.reshape(-1, *(1,) * (part.ndim - 1)), 0, part)
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,122 @@
+"""The trapezoidal SSD operator out of XLA operations: any backend, any dtype, memory for a state per chunk.
+
+What the next token will add for this one, (1 - lambda) delta of the next times the input of this, can as well be added
+at once: the next token then finds it in the state and lets it decay. So the recurrence is that of ``ssd`` with the
+weight lambda[t] delta[t] + (1 - lambda[t+1]) delta[t+1] in place of delta[t], except that a token's own output must not
+see what is added for the next: on the diagonal of the masked attention the weight is lambda[t] delta[t].
+
+One pass of ``pallas_kernels.ssd.chunked`` computes it. Heads rotate by angles of their own, and so have B and C of their
+own; these exist for a chunk at a time. The backward pass keeps state and angle before each chunk and recomputes the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.segments import segment_starts
+from pallas_kernels.ssd import chunked
+from pallas_kernels.trapezoidal_ssd import ranks, rotation
+from pallas_kernels.trapezoidal_ssd.inputs import Inputs
+
+
+class _Tokens(NamedTuple):
+    """What changes with every token."""
+
+    x: Float[Array, "*chunks batch length heads head_dim"]
+    delta: Float[Array, "*chunks batch length heads"]
+    """Step sizes: after bias and softplus."""
+    log_decay: Float[Array, "*chunks batch length heads"]
+    weight: Float[Array, "*chunks batch length heads"]
+    own_weight: Float[Array, "*chunks batch length heads"]
+    B: Float[Array, "*chunks batch length groups rank state"]
+    C: Float[Array, "*chunks batch length groups rank state"]
+    theta: Float[Array, "*chunks batch length pairs"]
+    z: Float[Array, "*chunks batch length heads head_dim"] | None
+    starts: Bool[Array, "*chunks batch length"] | None
+
+
+def unsupported_reason(
+    inputs: Inputs, *, delta_softplus: bool, norm_epsilon: float, chunk_size: int | None
+) -> str | None:
+    """Runs everywhere."""
+    del inputs, delta_softplus, norm_epsilon, chunk_size
+
+
+def trapezoidal_ssd(
+    inputs: Inputs, *, delta_softplus: bool, norm_epsilon: float, chunk_size: int | None
+) -> tuple[jax.Array, ...]:
+    """Computes y and the parts of the final state; see ``Inputs``."""
+    dtype = inputs.real_dtype
+    length, rank = inputs.x.shape[1], inputs.B.shape[3]
+    starts = None if inputs.segment_ids is None else segment_starts(inputs.segment_ids)
+    delta = inputs.step_sizes(delta_softplus=delta_softplus)
+    lambda_ = inputs.lambda_.astype(dtype)
+    for_previous = (1 - lambda_) * delta
+    tokens = _Tokens(
+        x=inputs.x,
+        delta=delta,
+        log_decay=delta * inputs.A.astype(dtype),
+        weight=lambda_ * delta + _of_next(for_previous, starts),
+        own_weight=lambda_ * delta,
+        B=inputs.B,
+        C=inputs.C,
+        theta=inputs.theta.astype(dtype),
+        z=inputs.z,
+        starts=starts,
+    )
+    before = ranks.input_per_rank(inputs.initial_x, inputs) * for_previous[:, 0, :, None, None]
+    h = inputs.initial_ssm + jnp.einsum(
+        "bhrp,bhrn->bhpn", before, inputs.initial_B, precision=jax.lax.Precision.HIGHEST
+    )
+    # A loop keeps its recomputation apart from the forward pass: no barriers are needed.
+    chunk = jax.checkpoint(functools.partial(_chunk, inputs=inputs, norm_epsilon=norm_epsilon), prevent_cse=False)
+    size = min(chunk_size or max(1, chunked.default_chunk_size() // rank), length)
+    (h, angle), y = jax.lax.scan(chunk, (h, inputs.initial_angle), chunked.cut(tokens, size))
+    last_B = rotation.rotate(ranks.matrix_per_head(inputs.B[:, -1], inputs.B_bias, inputs), angle[:, :, None])
+    return chunked.join(y, length), h, last_B, inputs.x[:, -1].astype(dtype), angle
+
+
+def _of_next(
+    values: Float[Array, "batch length heads"], starts: Bool[Array, "batch length"] | None
+) -> Float[Array, "batch length heads"]:
+    """Returns the value of the next token, zero where that is none of the same segment."""
+    if starts is not None:
+        values = jnp.where(starts[..., None], 0, values)
+    return jnp.pad(values[:, 1:], ((0, 0), (0, 1), (0, 0)))
+
+
+def _chunk(
+    carry: tuple[Float[Array, "batch heads head_dim state"], Float[Array, "batch heads pairs"]],
+    tokens: _Tokens,
+    *,
+    inputs: Inputs,
+    norm_epsilon: float,
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Computes state and angle after a chunk, and the chunk's outputs."""
+    h, angle = carry
+    angles = rotation.angles(angle, tokens.delta[..., None] * tokens.theta[:, :, None], tokens.starts)
+    operand_dtype = jnp.result_type(tokens.x, tokens.B, tokens.C)
+
+    def rotated(matrix, bias):
+        matrix = rotation.rotate(ranks.matrix_per_head(matrix, bias, inputs), angles[..., None, :])
+        return matrix.astype(operand_dtype)
+
+    x = ranks.input_per_rank(tokens.x, inputs)
+    # Every head is a group of its own, with one member.
+    h, y = chunked.chunk(
+        h[:, :, None],
+        x=x[:, :, :, None].astype(operand_dtype),
+        log_decay=tokens.log_decay[..., None],
+        weight=tokens.weight[..., None],
+        own_weight=tokens.own_weight[..., None],
+        B=rotated(tokens.B, inputs.B_bias),
+        C=rotated(tokens.C, inputs.C_bias),
+        starts=tokens.starts,
+    )
+    y = ranks.output(y[:, :, :, 0], x, tokens.z, inputs, norm_epsilon=norm_epsilon)
+    return (h[:, :, 0], angles[:, -1]), y.astype(tokens.x.dtype)
