@@ -180,7 +180,6 @@ class Mamba3(nnx.Module):
             ssm=zeros(config.head_dim, config.state_size),
             B=zeros(config.rank, config.state_size),
             x=zeros(config.head_dim),
-            angle=zeros(config.pairs),
         )
 
     def flops(self, length: int) -> int:

@@ -9,7 +9,9 @@ Everything else, and every sum, is float32.
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +63,7 @@ def chunk(
     B: Float[Array, "batch length groups rank state"],
     C: Float[Array, "batch length groups rank state"],
     starts: Bool[Array, "batch length"] | None,
+    operand_dtype: jnp.dtype,
 ) -> tuple[
     Float[Array, "batch groups members head_dim state"], Float[Array, "batch length groups members rank head_dim"]
 ]:
@@ -81,7 +84,7 @@ def chunk(
         C: output matrices, likewise.
         starts: marks the first token of each segment, except the chunk's first token where it continues ``h``.
     """
-    product = _product(x, B, C)
+    product = _product(operand_dtype)
     between, from_start, to_end = _decays(log_decay, starts)
 
     weights = between * jnp.moveaxis(weight, 1, -1)[..., None, :]
@@ -96,13 +99,37 @@ def chunk(
     return from_start[:, -1, :, :, None, None] * h + increment, y
 
 
-def _product(*operands: jax.Array) -> Callable[..., jax.Array]:
-    """Returns an einsum that takes bfloat16 where all of these are, and sums in float32 at least."""
-    dtype = jnp.result_type(*operands)
-    if dtype == jnp.bfloat16:
-        return lambda spec, a, b: jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
-    dtype = jnp.promote_types(dtype, jnp.float32)
-    return lambda spec, a, b: jnp.einsum(spec, a.astype(dtype), b.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+def _product(operand_dtype: jnp.dtype) -> Callable[..., jax.Array]:
+    """Returns an einsum that rounds its operands to bfloat16 if they are to be that, and sums in float32 at least."""
+    if operand_dtype == jnp.bfloat16:
+        return _einsum_of_rounded
+    return functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum_of_rounded(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return _einsum_bfloat16(spec, a, b)
+
+
+def _einsum_of_rounded_forward(spec, a, b):
+    return _einsum_bfloat16(spec, a, b), (a, b)
+
+
+def _einsum_of_rounded_backward(spec, operands, gradient):
+    # The transpose that JAX knows would round the gradients of float32 operands to bfloat16 as well.
+    a, b = operands
+    of_a, of_b, of_output = re.split(",|->", spec)
+    return (
+        _einsum_bfloat16(f"{of_output},{of_b}->{of_a}", gradient, b).astype(a.dtype),
+        _einsum_bfloat16(f"{of_a},{of_output}->{of_b}", a, gradient).astype(b.dtype),
+    )
+
+
+_einsum_of_rounded.defvjp(_einsum_of_rounded_forward, _einsum_of_rounded_backward)
+
+
+def _einsum_bfloat16(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 
 
 def _decays(

@@ -84,6 +84,8 @@ def _chunk(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the state after a chunk, and the chunk's outputs."""
     x, delta, B, C, z, starts = tokens
+    operand_dtype = jnp.result_type(x, B, C)
+    x, B, C = (array.astype(h.dtype) for array in (x, B, C))
     h, y = chunked.chunk(
         h,
         x=x[..., None, :],
@@ -92,10 +94,11 @@ def _chunk(
         B=B[..., None, :],
         C=C[..., None, :],
         starts=starts,
+        operand_dtype=operand_dtype,
     )
     y = y[..., 0, :]
     if D is not None:
         y = y + D * x
     if z is not None:
         y = y * jax.nn.silu(z.astype(h.dtype))
-    return h, y.astype(x.dtype)
+    return h, y.astype(tokens.x.dtype)

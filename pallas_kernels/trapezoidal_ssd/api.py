@@ -23,7 +23,6 @@ _STATE = State(
     ssm=("batch", "heads", "head_dim", "state"),
     B=("batch", "heads", "rank", "state"),
     x=("batch", "heads", "head_dim"),
-    angle=("batch", "heads", "pairs"),
 )
 
 
@@ -57,22 +56,20 @@ def trapezoidal_ssd(
 
     With ``delta' = softplus(delta + delta_bias)`` (without the softplus unless ``delta_softplus``), for each head::
 
-        angle[t] = angle[t-1] + pi delta'[t] theta[t]
-        B'[t, r] = R(angle[t]) (B[t, r] + B_bias[r]),     C' likewise
-        x'[t, r] = mimo_x[r] x[t]
-        alpha = exp(delta'[t] A[t]),  beta = (1 - lambda[t]) delta'[t] alpha,  gamma = lambda[t] delta'[t]
+        x'[t, r] = mimo_x[r] x[t],  B'[t, r] = B[t, r] + B_bias[r],  C'[t, r] = C[t, r] + C_bias[r]
+        alpha = exp(delta'[t] (A[t] - i pi theta[t]))
+        beta = (1 - lambda[t]) delta'[t] alpha,  gamma = lambda[t] delta'[t]
         h[t] = alpha h[t-1] + beta sum_r x'[t-1, r] B'[t-1, r]^T + gamma sum_r x'[t, r] B'[t, r]^T
         y[t, r] = norm(h[t] C'[t, r] + D x'[t, r]) silu(mimo_z[r] z[t])
         y[t] = sum_r mimo_o[r] y[t, r]
 
-    R turns component n by angle n together with component n + state // 2, for n below ``pairs``, and leaves the others.
-    This is the layer of Lahoti et al., "Mamba-3: Improved Sequence Modeling using State Space Principles" (2026,
-    arXiv:2603.15569): the exponential-trapezoidal rule, a complex state as a rotary embedding of B and C, and with a
-    rank above 1 several inputs and outputs (MIMO). With lambda 1, theta 0 and rank 1 it is ``ssd``.
+    The imaginary part turns component n of the state together with component n + state // 2, for n below ``pairs``;
+    the other components do not rotate. This is the layer of Lahoti et al., "Mamba-3: Improved Sequence Modeling using
+    State Space Principles" (2026, arXiv:2603.15569): the exponential-trapezoidal rule, a complex state, and with a rank
+    above 1 several inputs and outputs (MIMO). With lambda 1, theta 0 and rank 1 it is ``ssd``.
 
     State and sums are float32 whatever the inputs' dtypes (float64 for float64 ``x``); where ``x``, ``B`` and ``C`` are
-    bfloat16, so are the operands of matrix products, except in "reference". Angles do not lose precision with the
-    length. Differentiable in every floating-point array, the initial and the final state included; reverse mode only.
+    bfloat16, so are the operands of matrix products, except in "reference". Differentiable in every floating-point array, the initial and the final state included; reverse mode only.
     Peak memory grows with one state a chunk, never with one a token, except in "reference".
 
     Args:
@@ -191,8 +188,8 @@ def _input_dims(inputs: Inputs) -> dict[str, sharding.Dims]:
         "C": matrix,
         "lambda_": _PER_HEAD,
         "theta": ("batch", "length", "pairs"),
-        "D": ("heads", "head_dim"),
         "z": _TOKEN,
+        "D": ("heads", "head_dim"),
         "delta_bias": ("heads",),
         "B_bias": _BIAS,
         "C_bias": _BIAS,
@@ -208,7 +205,7 @@ def _canonical(
     check, x, delta, A, B, C, lambda_, theta, D, z, delta_bias, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm_weight,
     segment_ids, initial_state,
 ) -> Inputs:  # fmt: skip
-    """Checks all arrays, gives D its channels, casts the state or makes it."""
+    """Checks all arrays, gives D its channels, casts parameters and state, makes the state where there is none."""
     check("x", x, _TOKEN)
     check("delta", delta, _PER_HEAD)
     check("A", A, _PER_HEAD)
@@ -220,13 +217,13 @@ def _canonical(
     check("lambda_", lambda_, _PER_HEAD)
     check("theta", theta, ("batch", "length", "pairs"))
     state, pairs = B.shape[4], theta.shape[2]
+    real_dtype = jnp.promote_types(x.dtype, jnp.float32)
     if pairs > state // 2:
         raise check.error(f"theta must be of at most {state // 2} pairs for a state of {state}, got {pairs}")
-    if D is not None:
-        check("D", D, ("heads",) if D.ndim == 1 else ("heads", "head_dim"))
-        D = jnp.broadcast_to(D[:, None] if D.ndim == 1 else D, x.shape[2:])
-    optional = {
-        "z": (z, _TOKEN),
+    if z is not None:
+        check("z", z, _TOKEN)
+    parameters = {
+        "D": (D, ("heads",) if D is not None and D.ndim == 1 else ("heads", "head_dim")),
         "delta_bias": (delta_bias, ("heads",)),
         "B_bias": (B_bias, _BIAS),
         "C_bias": (C_bias, _BIAS),
@@ -235,20 +232,20 @@ def _canonical(
         "mimo_o": (mimo_o, _MIMO),
         "norm_weight": (norm_weight, ("heads", "head_dim")),
     }
-    for name, (array, dims) in optional.items():
+    for name, (array, dims) in parameters.items():
         if array is not None:
             check(name, array, dims)
+    # Cast before they are used at every token, since their gradients are sums over all of them.
+    D, *others = (None if array is None else array.astype(real_dtype) for array, _ in parameters.values())
+    if D is not None:
+        D = jnp.broadcast_to(D[:, None] if D.ndim == 1 else D, x.shape[2:])
     if segment_ids is not None:
         check("segment_ids", segment_ids, ("batch", "length"), INTEGER)
-    real_dtype = jnp.promote_types(x.dtype, jnp.float32)
     if initial_state is None:
-        sizes = dict(zip(_TOKEN, x.shape, strict=True)) | dict(zip(_MATRIX, B.shape, strict=True)) | {"pairs": pairs}
+        sizes = dict(zip(_TOKEN, x.shape, strict=True)) | dict(zip(_MATRIX, B.shape, strict=True))
         initial_state = State(*(jnp.zeros([sizes[dim] for dim in dims], real_dtype) for dims in _STATE))
     else:
         for name, dims in _STATE._asdict().items():
             check(f"initial_state.{name}", getattr(initial_state, name), dims)
         initial_state = State(*(part.astype(real_dtype) for part in initial_state))
-    return Inputs(
-        x, delta, A, B, C, lambda_, theta, D, z, delta_bias, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm_weight,
-        segment_ids, *initial_state,
-    )  # fmt: skip
+    return Inputs(x, delta, A, B, C, lambda_, theta, z, D, *others, segment_ids, *initial_state)

@@ -10,23 +10,25 @@ from jaxtyping import Array, Float, Int
 
 
 class State(NamedTuple):
-    """What is known of the tokens before, in float32 (float64 for float64 inputs)."""
+    """What is known of the tokens before, in float32 (float64 for float64 inputs).
+
+    The state itself rotates, so there is no angle that would have to be remembered.
+    """
 
     ssm: Float[Array, "batch heads head_dim state"]
     """State h after the last token."""
     B: Float[Array, "batch heads rank state"]
-    """Input matrices of the last token, after bias and rotation."""
+    """Input matrices of the last token, after the bias."""
     x: Float[Array, "batch heads head_dim"]
     """Input of the last token."""
-    angle: Float[Array, "batch heads pairs"]
-    """Sum of the rotations so far, in half-turns from -1 to 1."""
 
 
 class Inputs(NamedTuple):
     """Arrays of one call; optional ones are None when absent.
 
     An implementation is a function ``trapezoidal_ssd(inputs, *, delta_softplus, norm_epsilon, chunk_size) -> (y, ssm,
-    B, x, angle)``: ``y`` like ``x``, then the parts of the final ``State``. Arrays keep the dtypes of the caller.
+    B, x)``: ``y`` like ``x``, then the parts of the final ``State``. What changes with every token keeps the
+    dtype of the caller.
     """
 
     x: Float[Array, "batch length heads head_dim"]
@@ -37,9 +39,9 @@ class Inputs(NamedTuple):
     C: Float[Array, "batch length groups rank state"]
     lambda_: Float[Array, "batch length heads"]
     theta: Float[Array, "batch length pairs"]
-    D: Float[Array, "heads head_dim"] | None
-    """One a channel, repeated where the caller gave one a head."""
     z: Float[Array, "batch length heads head_dim"] | None
+    D: Float[Array, "heads head_dim"] | None
+    """One a channel, repeated where the caller gave one a head. This and what follows is in ``real_dtype``."""
     delta_bias: Float[Array, " heads"] | None
     B_bias: Float[Array, "heads rank state"] | None
     C_bias: Float[Array, "heads rank state"] | None
@@ -52,7 +54,6 @@ class Inputs(NamedTuple):
     """The parts of the state before the first token, which continues them whatever its segment id."""
     initial_B: Float[Array, "batch heads rank state"]
     initial_x: Float[Array, "batch heads head_dim"]
-    initial_angle: Float[Array, "batch heads pairs"]
 
     @property
     def real_dtype(self) -> jnp.dtype:
@@ -63,5 +64,5 @@ class Inputs(NamedTuple):
         """Returns delta after bias and softplus, in ``real_dtype``."""
         delta = self.delta.astype(self.real_dtype)
         if self.delta_bias is not None:
-            delta = delta + self.delta_bias.astype(self.real_dtype)
+            delta = delta + self.delta_bias
         return jax.nn.softplus(delta) if delta_softplus else delta

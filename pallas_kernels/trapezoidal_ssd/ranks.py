@@ -18,7 +18,7 @@ def matrix_per_head(
     """Gives every head the B or C of its group, plus its bias."""
     members = inputs.x.shape[2] // matrix.shape[-3]
     matrix = jnp.repeat(matrix.astype(inputs.real_dtype), members, axis=-3)
-    return matrix if bias is None else matrix + bias.astype(matrix.dtype)
+    return matrix if bias is None else matrix + bias
 
 
 def input_per_rank(
@@ -37,22 +37,21 @@ def output(
     norm_epsilon: float,
 ) -> Float[Array, "*tokens heads head_dim"]:
     """Skip connection, norm and gate of each rank, then their weighted sum."""
-    dtype = inputs.real_dtype
     if inputs.D is not None:
-        y = y + inputs.D.astype(dtype)[:, None] * x
+        y = y + inputs.D[:, None] * x
     if inputs.norm_weight is not None:
         mean_square = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(mean_square + norm_epsilon) * inputs.norm_weight.astype(dtype)[:, None]
+        y = y * jax.lax.rsqrt(mean_square + norm_epsilon) * inputs.norm_weight[:, None]
     if z is not None:
         y = y * jax.nn.silu(_per_rank(z, inputs.mimo_z, inputs))
     if inputs.mimo_o is not None:
-        y = y * inputs.mimo_o.astype(dtype)
+        y = y * inputs.mimo_o
     return jnp.sum(y, axis=-2)
 
 
 def _per_rank(array, weight, inputs: Inputs):
     array = array.astype(inputs.real_dtype)[..., None, :]
     if weight is not None:
-        return array * weight.astype(array.dtype)
+        return array * weight
     rank = inputs.B.shape[-2]
     return jnp.broadcast_to(array, (*array.shape[:-2], rank, array.shape[-1]))

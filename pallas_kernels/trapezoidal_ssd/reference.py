@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.segments import segment_starts
-from pallas_kernels.trapezoidal_ssd import ranks, rotation
+from pallas_kernels.trapezoidal_ssd import ranks
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs, State
+from pallas_kernels.trapezoidal_ssd.rotation import rotate
 
 
 def unsupported_reason(
@@ -32,20 +33,16 @@ def trapezoidal_ssd(
 
     def step(state, token):
         x, delta, A, B, C, lambda_, theta, z, starts = token
-        h, B_before, x_before, angle = jax.tree.map(lambda part: _forget(part, starts), state)
-        angle = rotation.wrap(angle + delta[..., None] * theta[:, None])
-        B = rotation.rotate(ranks.matrix_per_head(B, inputs.B_bias, inputs), angle[:, :, None])
-        C = rotation.rotate(ranks.matrix_per_head(C, inputs.C_bias, inputs), angle[:, :, None])
+        h, B_before, x_before = jax.tree.map(lambda part: _forget(part, starts), state)
+        B = ranks.matrix_per_head(B, inputs.B_bias, inputs)
+        C = ranks.matrix_per_head(C, inputs.C_bias, inputs)
         u, u_before = ranks.input_per_rank(x, inputs), ranks.input_per_rank(x_before, inputs)
 
-        alpha = jnp.exp(delta * A)
-        beta = (1 - lambda_) * delta * alpha
-        gamma = lambda_ * delta
-        h = alpha[..., None, None] * h
-        h = h + beta[..., None, None] * _product("bhrp,bhrn->bhpn", u_before, B_before)
-        h = h + gamma[..., None, None] * _product("bhrp,bhrn->bhpn", u, B)
+        h = h + ((1 - lambda_) * delta)[..., None, None] * _product("bhrp,bhrn->bhpn", u_before, B_before)
+        h = jnp.exp(delta * A)[..., None, None] * rotate(h, -(delta[..., None] * theta[:, None])[:, :, None])
+        h = h + (lambda_ * delta)[..., None, None] * _product("bhrp,bhrn->bhpn", u, B)
         y = ranks.output(_product("bhpn,bhrn->bhrp", h, C), u, z, inputs, norm_epsilon=norm_epsilon)
-        return State(h, B, x, angle), y
+        return State(h, B, x), y
 
     tokens = (
         inputs.x.astype(dtype),
@@ -58,7 +55,7 @@ def trapezoidal_ssd(
         inputs.z,
         starts,
     )
-    state = State(inputs.initial_ssm, inputs.initial_B, inputs.initial_x, inputs.initial_angle)
+    state = State(inputs.initial_ssm, inputs.initial_B, inputs.initial_x)
     state, y = jax.lax.scan(step, state, jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), tokens))
     return jnp.moveaxis(y, 0, 1).astype(inputs.x.dtype), *state
 

@@ -1,93 +1,86 @@
-"""The rotating half of the state: angles that add up over the tokens, and B and C turned by them.
+"""The rotation of the state: angles that add up over tokens, and arrays turned by them.
 
-Lahoti et al., "Mamba-3", 2026 (arXiv:2603.15569): a state whose components rotate in pairs is a complex one, and turning
-B and C by the angle so far, a rotary embedding with angles from the data, is the same as turning the state.
+Lahoti et al., "Mamba-3", 2026 (arXiv:2603.15569): a state whose components rotate in pairs is a complex one, and
+turning B and C by the angle so far, a rotary embedding with angles from the data, is the same as turning the state.
 
 Angles are in half-turns (multiples of pi). They matter modulo 2, so they are added up as fixed-point numbers that
-overflow on purpose: the sum over any number of tokens is as precise as its terms, and the same however it is grouped.
+overflow on purpose: a sum of any number of angles is as precise as its terms.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 
-def rotate(matrix: Float[Array, "*batch state"], angle: Float[Array, "*#batch pairs"]) -> Float[Array, "*batch state"]:
-    """Turns pairs of components by angles in half-turns: n with n + state // 2, for each n below ``pairs``."""
-    pairs, half = angle.shape[-1], matrix.shape[-1] // 2
-    cos, sin = jnp.cos(jnp.pi * angle), jnp.sin(jnp.pi * angle)
-    first, second = matrix[..., :pairs], matrix[..., half : half + pairs]
-    parts = (
-        cos * first - sin * second,
-        matrix[..., pairs:half],
-        sin * first + cos * second,
-        matrix[..., half + pairs :],
-    )
-    return jnp.concatenate(parts, axis=-1)
-
-
-@jax.custom_jvp
-def angles(
-    start: Float[Array, "batch heads pairs"],
-    increments: Float[Array, "batch length heads pairs"],
-    starts: Bool[Array, "batch length"] | None,
-) -> Float[Array, "batch length heads pairs"]:
-    """Returns the angle at each token, from -1 to 1: the sum of the increments of its segment up to and with its own.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def rotate(
+    array: Float[Array, "*batch state"], angle: Float[Array, "*#batch pairs"], rounded_to: jnp.dtype | None = None
+) -> Float[Array, "*batch state"]:
+    """Turns pairs of components by angles in half-turns: n with n + state // 2, for each n below ``pairs``.
 
     Args:
-        start: angle before the first token.
-        increments: angle that each token adds.
-        starts: marks the first token of each segment, except the first token of all where it continues ``start``.
+        array: what to turn.
+        angle: one angle a pair.
+        rounded_to: dtype that the result is rounded to, in ``array``'s dtype; None for no rounding.
     """
-    first, terms = _to_fixed_point(start)[:, None], _to_fixed_point(increments)
-    total = jnp.cumsum(terms, axis=1, dtype=terms.dtype)
-    if starts is None:
-        return _from_fixed_point(first + total, start.dtype)
-    latest = jax.lax.cummax(jnp.where(starts, jnp.arange(starts.shape[1]), -1), axis=1)[..., None, None]
-    before = jnp.take_along_axis(total - terms, jnp.maximum(latest, 0), axis=1)
-    return _from_fixed_point(total + jnp.where(latest < 0, first, -before), start.dtype)
+    first, still, second, rest = _split(array, angle.shape[-1])
+    cos, sin = jnp.cos(jnp.pi * angle), jnp.sin(jnp.pi * angle)
+    turned = jnp.concatenate([cos * first - sin * second, still, sin * first + cos * second, rest], axis=-1)
+    return turned if rounded_to is None else turned.astype(rounded_to).astype(array.dtype)
 
 
-@angles.defjvp
-def _angles_jvp(primals, tangents):
-    starts = primals[2]
-    start, increments, _ = tangents
-    if starts is None:
-        return angles(*primals), start[:, None] + jnp.cumsum(increments, axis=1)
-    segment = jnp.cumsum(starts, axis=1)
-    same = jnp.tril(segment[:, :, None] == segment[:, None, :]).astype(start.dtype)
-    tangent = jnp.einsum("bts,bs...->bt...", same, increments, precision=jax.lax.Precision.HIGHEST)
-    return angles(*primals), tangent + jnp.where((segment == 0)[..., None, None], start[:, None], 0)
+@rotate.defjvp
+def _rotate_jvp(rounded_to, primals, tangents):
+    # The slope in the angle is that of the rounded result. Where two rotated arrays meet in a product, each pulls at its
+    # angle and together they do not move it; with other numbers than those multiplied, the rest of rounding would stay.
+    turned = rotate(*primals, rounded_to)
+    angle = jnp.pi * tangents[1]
+    first, still, second, rest = _split(turned, angle.shape[-1])
+    swing = [-angle * second, jnp.zeros_like(still), angle * first, jnp.zeros_like(rest)]
+    return turned, rotate(tangents[0], primals[1]) + jnp.concatenate(swing, axis=-1)
+
+
+def _split(array: jax.Array, pairs: int) -> tuple[jax.Array, ...]:
+    """First components of the pairs, those behind them, second components of the pairs, those behind them."""
+    half = array.shape[-1] // 2
+    return array[..., :pairs], array[..., pairs:half], array[..., half : half + pairs], array[..., half + pairs :]
 
 
 @jax.custom_jvp
-def angle_sum(
-    increments: Float[Array, "batch length heads pairs"], counts: Bool[Array, "batch length"]
-) -> Float[Array, "batch heads pairs"]:
-    """Returns the sum of the increments of those tokens that count, from -1 to 1."""
-    terms = jnp.where(counts[..., None, None], _to_fixed_point(increments), 0)
+def cumulative_angle(increments: Float[Array, "batch length *dims"]) -> Float[Array, "batch length *dims"]:
+    """Returns the sum of the angles up to each token and with it, from -1 to 1."""
+    terms = _to_fixed_point(increments)
+    return _from_fixed_point(jnp.cumsum(terms, axis=1, dtype=terms.dtype), increments.dtype)
+
+
+@cumulative_angle.defjvp
+def _cumulative_angle_jvp(primals, tangents):
+    return cumulative_angle(*primals), jnp.cumsum(tangents[0], axis=1)
+
+
+@jax.custom_jvp
+def total_angle(increments: Float[Array, "batch length *dims"]) -> Float[Array, "batch *dims"]:
+    """Returns the sum of the angles of all tokens, from -1 to 1."""
+    terms = _to_fixed_point(increments)
     return _from_fixed_point(jnp.sum(terms, axis=1, dtype=terms.dtype), increments.dtype)
 
 
-@angle_sum.defjvp
-def _angle_sum_jvp(primals, tangents):
-    return angle_sum(*primals), jnp.sum(jnp.where(primals[1][..., None, None], tangents[0], 0), axis=1)
+@total_angle.defjvp
+def _total_angle_jvp(primals, tangents):
+    return total_angle(*primals), jnp.sum(tangents[0], axis=1)
 
 
-def wrap(angle: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Returns the same angle between -1 and 1 half-turns."""
-    return angle - 2 * jnp.round(angle / 2)
-
-
-def _to_fixed_point(angle: Float[Array, "*batch"]) -> Int[Array, "*batch"]:
-    """Half-turns as integers of the same width, of which a full turn takes the whole range."""
+def _to_fixed_point(angle: Float[Array, "*dims"]) -> Int[Array, "*dims"]:
+    """Angles as integers of the same width, of which a full turn takes the whole range."""
     bits = jnp.finfo(angle.dtype).bits
-    scaled = jnp.round(wrap(angle) * 2.0 ** (bits - 1))
+    scaled = jnp.round((angle - 2 * jnp.round(angle / 2)) * 2.0 ** (bits - 1))
     largest = jnp.nextafter(jnp.asarray(2.0 ** (bits - 1), angle.dtype), 0)
     return jnp.minimum(scaled, largest).astype(f"int{bits}")
 
 
-def _from_fixed_point(angle: Int[Array, "*batch"], dtype: jnp.dtype) -> Float[Array, "*batch"]:
+def _from_fixed_point(angle: Int[Array, "*dims"], dtype: jnp.dtype) -> Float[Array, "*dims"]:
     return angle.astype(dtype) * 2.0 ** (1 - jnp.finfo(dtype).bits)

@@ -5,8 +5,13 @@ at once: the next token then finds it in the state and lets it decay. So the rec
 weight lambda[t] delta[t] + (1 - lambda[t+1]) delta[t+1] in place of delta[t], except that a token's own output must not
 see what is added for the next: on the diagonal of the masked attention the weight is lambda[t] delta[t].
 
-One pass of ``pallas_kernels.ssd.chunked`` computes it. Heads rotate by angles of their own, and so have B and C of their
-own; these exist for a chunk at a time. The backward pass keeps state and angle before each chunk and recomputes the rest.
+One pass of ``pallas_kernels.ssd.chunked`` computes it. Within a chunk B and C are turned by the angle since its start, a
+rotary embedding, and the state stands still; it is turned by the whole angle of the chunk behind it. Heads rotate by
+angles of their own, and so have B and C of their own; these exist for a chunk at a time. The backward pass keeps the
+state before each chunk and recomputes the rest.
+
+An angle since the start of the sequence would do for B and C too, but in its gradient, a sum over the rest of the
+sequence, nearly all terms cancel: it would drown in the rounding of bfloat16.
 """
 
 from __future__ import annotations
@@ -20,8 +25,9 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.ssd import chunked
-from pallas_kernels.trapezoidal_ssd import ranks, rotation
+from pallas_kernels.trapezoidal_ssd import ranks
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
+from pallas_kernels.trapezoidal_ssd.rotation import cumulative_angle, rotate
 
 
 class _Tokens(NamedTuple):
@@ -76,9 +82,9 @@ def trapezoidal_ssd(
     # A loop keeps its recomputation apart from the forward pass: no barriers are needed.
     chunk = jax.checkpoint(functools.partial(_chunk, inputs=inputs, norm_epsilon=norm_epsilon), prevent_cse=False)
     size = min(chunk_size or max(1, chunked.default_chunk_size() // rank), length)
-    (h, angle), y = jax.lax.scan(chunk, (h, inputs.initial_angle), chunked.cut(tokens, size))
-    last_B = rotation.rotate(ranks.matrix_per_head(inputs.B[:, -1], inputs.B_bias, inputs), angle[:, :, None])
-    return chunked.join(y, length), h, last_B, inputs.x[:, -1].astype(dtype), angle
+    h, y = jax.lax.scan(chunk, h, chunked.cut(tokens, size))
+    last_B = ranks.matrix_per_head(inputs.B[:, -1], inputs.B_bias, inputs)
+    return chunked.join(y, length), h, last_B, inputs.x[:, -1].astype(dtype)
 
 
 def _of_next(
@@ -91,32 +97,28 @@ def _of_next(
 
 
 def _chunk(
-    carry: tuple[Float[Array, "batch heads head_dim state"], Float[Array, "batch heads pairs"]],
-    tokens: _Tokens,
-    *,
-    inputs: Inputs,
-    norm_epsilon: float,
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Computes state and angle after a chunk, and the chunk's outputs."""
-    h, angle = carry
-    angles = rotation.angles(angle, tokens.delta[..., None] * tokens.theta[:, :, None], tokens.starts)
+    h: Float[Array, "batch heads head_dim state"], tokens: _Tokens, *, inputs: Inputs, norm_epsilon: float
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the state after a chunk, and the chunk's outputs."""
+    angle = cumulative_angle(tokens.delta[..., None] * tokens.theta[:, :, None])
     operand_dtype = jnp.result_type(tokens.x, tokens.B, tokens.C)
 
     def rotated(matrix, bias):
-        matrix = rotation.rotate(ranks.matrix_per_head(matrix, bias, inputs), angles[..., None, :])
-        return matrix.astype(operand_dtype)
+        return rotate(ranks.matrix_per_head(matrix, bias, inputs), angle[..., None, :], operand_dtype)
 
     x = ranks.input_per_rank(tokens.x, inputs)
     # Every head is a group of its own, with one member.
     h, y = chunked.chunk(
         h[:, :, None],
-        x=x[:, :, :, None].astype(operand_dtype),
+        x=x[:, :, :, None],
         log_decay=tokens.log_decay[..., None],
         weight=tokens.weight[..., None],
         own_weight=tokens.own_weight[..., None],
         B=rotated(tokens.B, inputs.B_bias),
         C=rotated(tokens.C, inputs.C_bias),
         starts=tokens.starts,
+        operand_dtype=operand_dtype,
     )
+    h = rotate(h[:, :, 0], -angle[:, -1, :, None])
     y = ranks.output(y[:, :, :, 0], x, tokens.z, inputs, norm_epsilon=norm_epsilon)
-    return (h[:, :, 0], angles[:, -1]), y.astype(tokens.x.dtype)
+    return h, y.astype(tokens.x.dtype)
