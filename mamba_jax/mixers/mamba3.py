@@ -94,8 +94,8 @@ class Mamba3Config:
 class Mamba3(nnx.Module):
     """u -> z, x, B, C, delta, A, lambda, theta; B, C -> norm; trapezoidal SSD, gated by z -> out_proj.
 
-    Its state is that of ``trapezoidal_ssd``. The published in_proj is stored as the parts that a mesh shards differently:
-    by heads, by groups, or not at all.
+    The state is that of ``trapezoidal_ssd``. The published in_proj is stored as the parts that a mesh shards
+    differently: by heads, by groups, or not at all.
     """
 
     def __init__(self, config: Mamba3Config, width: int, *, num_layers: int, compute_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -155,7 +155,7 @@ class Mamba3(nnx.Module):
         state: State | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
     ) -> tuple[Float[Array, "batch length width"], State]:
-        y, state = trapezoidal_ssd(
+        y, state = trapezoidal_ssd(  # pyright: ignore[reportAssignmentType]
             *self._ssd_inputs(x),
             **self._ssd_parameters(),
             segment_ids=segment_ids,
@@ -163,7 +163,7 @@ class Mamba3(nnx.Module):
             return_final_state=True,
             implementation=self.config.implementation,
         )
-        return self._project_out(y), state
+        return self._project_out(y), state  # pyright: ignore[reportReturnType]
 
     def step(self, x: Float[Array, "batch width"], state: State) -> tuple[Float[Array, "batch width"], State]:
         y, state = trapezoidal_ssd_step(state, *self._ssd_inputs(x), **self._ssd_parameters())
@@ -234,7 +234,7 @@ class Mamba3(nnx.Module):
 def heavy_tail(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """1 + x where x is positive, 1 / (1 - x) elsewhere: positive, and never as close to zero as a softplus.
 
-    The authors' code took it up for decay rates in June 2026 (state-spaces/mamba pull request 962), where rates close to
-    zero made training at high learning rates diverge.
+    The authors' code took it up for decay rates in June 2026 (state-spaces/mamba pull request 962): rates close to zero
+    made training at high learning rates diverge.
     """
     return jnp.maximum(x, 0) + 1 / (1 - jnp.minimum(x, 0))

@@ -17,13 +17,21 @@ from pallas_kernels.validation import INTEGER, Checker
 _TOKEN = ("batch", "length", "heads", "head_dim")
 _PER_HEAD = ("batch", "length", "heads")
 _MATRIX = ("batch", "length", "groups", "rank", "state")
-_BIAS = ("heads", "rank", "state")
-_MIMO = ("heads", "rank", "head_dim")
-_STATE = State(
-    ssm=("batch", "heads", "head_dim", "state"),
-    B=("batch", "heads", "rank", "state"),
-    x=("batch", "heads", "head_dim"),
-)
+_PARAMETERS = {
+    "D": ("heads", "head_dim"),
+    "delta_bias": ("heads",),
+    "B_bias": ("heads", "rank", "state"),
+    "C_bias": ("heads", "rank", "state"),
+    "mimo_x": ("heads", "rank", "head_dim"),
+    "mimo_z": ("heads", "rank", "head_dim"),
+    "mimo_o": ("heads", "rank", "head_dim"),
+    "norm_weight": ("heads", "head_dim"),
+}
+_STATE = {
+    "ssm": ("batch", "heads", "head_dim", "state"),
+    "B": ("batch", "heads", "rank", "state"),
+    "x": ("batch", "heads", "head_dim"),
+}
 
 
 def trapezoidal_ssd(
@@ -69,8 +77,10 @@ def trapezoidal_ssd(
     above 1 several inputs and outputs (MIMO). With lambda 1, theta 0 and rank 1 it is ``ssd``.
 
     State and sums are float32 whatever the inputs' dtypes (float64 for float64 ``x``); where ``x``, ``B`` and ``C`` are
-    bfloat16, so are the operands of matrix products, except in "reference". Differentiable in every floating-point array, the initial and the final state included; reverse mode only.
-    Peak memory grows with one state a chunk, never with one a token, except in "reference".
+    bfloat16, so are the operands of matrix products, except in "reference".
+
+    Differentiable in every floating-point array, the initial and the final state included; reverse mode only. Peak
+    memory grows with one state a chunk, never with one a token, except in "reference".
 
     Args:
         x: input.
@@ -106,15 +116,9 @@ def trapezoidal_ssd(
         ValueError: shapes or dtypes do not fit together, or epsilon or chunk size make no sense.
         UnsupportedError: the named implementation cannot run this call.
     """
-    check = Checker("trapezoidal_ssd")
-    inputs = _canonical(
-        check, x, delta, A, B, C, lambda_, theta, D, z, delta_bias, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm_weight,
-        segment_ids, initial_state,
-    )  # fmt: skip
-    if norm_epsilon <= 0:
-        raise check.error(f"norm_epsilon must be above 0, got {norm_epsilon}")
-    if chunk_size is not None and chunk_size < 1:
-        raise check.error(f"chunk_size must be None or at least 1, got {chunk_size}")
+    parameters = (D, delta_bias, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm_weight)
+    inputs = _canonical("trapezoidal_ssd", x, delta, A, B, C, lambda_, theta, z, parameters, segment_ids, initial_state)
+    _check_options("trapezoidal_ssd", norm_epsilon, chunk_size)
     options = {"delta_softplus": delta_softplus, "norm_epsilon": norm_epsilon, "chunk_size": chunk_size}
     y, state = _run(inputs, implementation, **options)
     return (y, state) if return_final_state else y
@@ -151,12 +155,12 @@ def trapezoidal_ssd_step(
         ValueError: shapes or dtypes do not fit together, or epsilon makes no sense.
     """
     x, delta, A, B, C, lambda_, theta = (array[:, None] for array in (x, delta, A, B, C, lambda_, theta))
-    y, state = trapezoidal_ssd(
-        x, delta, A, B, C, lambda_, theta, D, None if z is None else z[:, None],
-        delta_bias=delta_bias, delta_softplus=delta_softplus, B_bias=B_bias, C_bias=C_bias,
-        mimo_x=mimo_x, mimo_z=mimo_z, mimo_o=mimo_o, norm_weight=norm_weight, norm_epsilon=norm_epsilon,
-        initial_state=state, return_final_state=True, implementation="reference",
-    )  # fmt: skip
+    z = None if z is None else z[:, None]
+    parameters = (D, delta_bias, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm_weight)
+    inputs = _canonical("trapezoidal_ssd_step", x, delta, A, B, C, lambda_, theta, z, parameters, None, state)
+    _check_options("trapezoidal_ssd_step", norm_epsilon, None)
+    options = {"delta_softplus": delta_softplus, "norm_epsilon": norm_epsilon, "chunk_size": None}
+    y, state = _run(inputs, "reference", **options)
     return y[:, 0], state
 
 
@@ -173,7 +177,7 @@ def _run(inputs: Inputs, implementation: str | None, **options: Any) -> tuple[ja
     inputs = inputs._replace(
         B=sharding.groups_per_shard(inputs.B, shards), C=sharding.groups_per_shard(inputs.C, shards)
     )
-    y, *state = sharding.map_shards(scan_shard, inputs, _input_dims(inputs), (_TOKEN, *_STATE))
+    y, *state = sharding.map_shards(scan_shard, inputs, _input_dims(inputs), (_TOKEN, *_STATE.values()))
     return y, State(*state)
 
 
@@ -189,63 +193,64 @@ def _input_dims(inputs: Inputs) -> dict[str, sharding.Dims]:
         "lambda_": _PER_HEAD,
         "theta": ("batch", "length", "pairs"),
         "z": _TOKEN,
-        "D": ("heads", "head_dim"),
-        "delta_bias": ("heads",),
-        "B_bias": _BIAS,
-        "C_bias": _BIAS,
-        "mimo_x": _MIMO,
-        "mimo_z": _MIMO,
-        "mimo_o": _MIMO,
-        "norm_weight": ("heads", "head_dim"),
         "segment_ids": ("batch", "length"),
-    } | {f"initial_{name}": dims for name, dims in _STATE._asdict().items()}
+        **_PARAMETERS,
+        **{f"initial_{name}": dims for name, dims in _STATE.items()},
+    }
 
 
-def _canonical(
-    check, x, delta, A, B, C, lambda_, theta, D, z, delta_bias, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm_weight,
-    segment_ids, initial_state,
-) -> Inputs:  # fmt: skip
+def _canonical(operator, x, delta, A, B, C, lambda_, theta, z, parameters, segment_ids, initial_state) -> Inputs:
     """Checks all arrays, gives D its channels, casts parameters and state, makes the state where there is none."""
+    check = Checker(operator)
     check("x", x, _TOKEN)
     check("delta", delta, _PER_HEAD)
     check("A", A, _PER_HEAD)
     check("B", B, _MATRIX)
     check("C", C, _MATRIX)
-    heads, groups = x.shape[2], B.shape[2]
+    heads, groups, state_size = x.shape[2], B.shape[2], B.shape[4]
     if heads % groups:
         raise check.error(f"heads must be a multiple of groups, got {heads} heads and {groups} groups")
     check("lambda_", lambda_, _PER_HEAD)
     check("theta", theta, ("batch", "length", "pairs"))
-    state, pairs = B.shape[4], theta.shape[2]
-    real_dtype = jnp.promote_types(x.dtype, jnp.float32)
-    if pairs > state // 2:
-        raise check.error(f"theta must be of at most {state // 2} pairs for a state of {state}, got {pairs}")
+    if theta.shape[2] > state_size // 2:
+        raise check.error(
+            f"theta must be of at most {state_size // 2} pairs for a state of {state_size}, got {theta.shape[2]}"
+        )
     if z is not None:
         check("z", z, _TOKEN)
-    parameters = {
-        "D": (D, ("heads",) if D is not None and D.ndim == 1 else ("heads", "head_dim")),
-        "delta_bias": (delta_bias, ("heads",)),
-        "B_bias": (B_bias, _BIAS),
-        "C_bias": (C_bias, _BIAS),
-        "mimo_x": (mimo_x, _MIMO),
-        "mimo_z": (mimo_z, _MIMO),
-        "mimo_o": (mimo_o, _MIMO),
-        "norm_weight": (norm_weight, ("heads", "head_dim")),
-    }
-    for name, (array, dims) in parameters.items():
-        if array is not None:
-            check(name, array, dims)
-    # Cast before they are used at every token, since their gradients are sums over all of them.
-    D, *others = (None if array is None else array.astype(real_dtype) for array, _ in parameters.values())
-    if D is not None:
-        D = jnp.broadcast_to(D[:, None] if D.ndim == 1 else D, x.shape[2:])
     if segment_ids is not None:
         check("segment_ids", segment_ids, ("batch", "length"), INTEGER)
+    cast_parameters = {
+        name: _parameter(check, name, array, x) for name, array in zip(_PARAMETERS, parameters, strict=True)
+    }
     if initial_state is None:
         sizes = dict(zip(_TOKEN, x.shape, strict=True)) | dict(zip(_MATRIX, B.shape, strict=True))
-        initial_state = State(*(jnp.zeros([sizes[dim] for dim in dims], real_dtype) for dims in _STATE))
-    else:
-        for name, dims in _STATE._asdict().items():
-            check(f"initial_state.{name}", getattr(initial_state, name), dims)
-        initial_state = State(*(part.astype(real_dtype) for part in initial_state))
-    return Inputs(x, delta, A, B, C, lambda_, theta, z, D, *others, segment_ids, *initial_state)
+        initial_state = State(*(jnp.zeros([sizes[dim] for dim in dims], x.dtype) for dims in _STATE.values()))
+    state = {}
+    for name, dims in _STATE.items():
+        part = getattr(initial_state, name)
+        check(f"initial_state.{name}", part, dims)
+        state[f"initial_{name}"] = part.astype(_real_dtype(x))
+    return Inputs(x, delta, A, B, C, lambda_, theta, z, **cast_parameters, segment_ids=segment_ids, **state)
+
+
+def _parameter(check: Checker, name: str, array: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """Checks and casts a parameter: before it is used at every token, since its gradient is a sum over all of them."""
+    if array is None:
+        return None
+    one_a_head = name == "D" and array.ndim == 1
+    check(name, array, ("heads",) if one_a_head else _PARAMETERS[name])
+    array = array.astype(_real_dtype(x))
+    return jnp.broadcast_to(array[:, None], x.shape[2:]) if one_a_head else array
+
+
+def _real_dtype(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _check_options(operator: str, norm_epsilon: float, chunk_size: int | None) -> None:
+    check = Checker(operator)
+    if norm_epsilon <= 0:
+        raise check.error(f"norm_epsilon must be above 0, got {norm_epsilon}")
+    if chunk_size is not None and chunk_size < 1:
+        raise check.error(f"chunk_size must be None or at least 1, got {chunk_size}")

@@ -1,8 +1,8 @@
 """What the trapezoidal SSD operator costs at least, with everything that Mamba-3 calls it with.
 
 Counted per token, head and channel from the recurrence in the form with one input a token (see ``xla.py``), a
-multiply-add as two operations, exponentials and the like apart: so the count does not depend on the chunks, whose masked
-attention adds to it. A backward pass is one that recomputes the states: it then never has them in memory.
+multiply-add as two operations, exponentials and the like apart: so the count does not depend on the chunks, whose
+masked attention adds to it. A backward pass is one that recomputes the states: it then never has them in memory.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def rotate(
 
 @rotate.defjvp
 def _rotate_jvp(rounded_to, primals, tangents):
-    # The slope in the angle is that of the rounded result. Where two rotated arrays meet in a product, each pulls at its
-    # angle and together they do not move it; with other numbers than those multiplied, the rest of rounding would stay.
+    # The slope in the angle is that of the rounded result. Two arrays that are turned together do not change their
+    # product, so what they contribute to the gradient of the angle cancels: but only if it comes from the same numbers.
     turned = rotate(*primals, rounded_to)
     angle = jnp.pi * tangents[1]
     first, still, second, rest = _split(turned, angle.shape[-1])

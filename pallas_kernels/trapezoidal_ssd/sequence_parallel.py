@@ -57,9 +57,7 @@ def _with_token_before(inputs: Inputs, axis: Axis) -> Inputs:
 
     last_B = ranks.matrix_per_head(inputs.B[:, -1], inputs.B_bias, inputs)
     last_x = inputs.x[:, -1].astype(inputs.real_dtype)
-    return inputs._replace(
-        initial_B=neighbour(last_B, inputs.initial_B), initial_x=neighbour(last_x, inputs.initial_x)
-    )
+    return inputs._replace(initial_B=neighbour(last_B, inputs.initial_B), initial_x=neighbour(last_x, inputs.initial_x))
 
 
 def _complex(state: Float[Array, "*batch state"]) -> Complex[Array, "*batch half"]:

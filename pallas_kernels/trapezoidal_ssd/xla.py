@@ -5,13 +5,18 @@ at once: the next token then finds it in the state and lets it decay. So the rec
 weight lambda[t] delta[t] + (1 - lambda[t+1]) delta[t+1] in place of delta[t], except that a token's own output must not
 see what is added for the next: on the diagonal of the masked attention the weight is lambda[t] delta[t].
 
-One pass of ``pallas_kernels.ssd.chunked`` computes it. Within a chunk B and C are turned by the angle since its start, a
-rotary embedding, and the state stands still; it is turned by the whole angle of the chunk behind it. Heads rotate by
-angles of their own, and so have B and C of their own; these exist for a chunk at a time. The backward pass keeps the
-state before each chunk and recomputes the rest.
+One pass of ``pallas_kernels.ssd.chunked`` computes it. Within a chunk B and C are turned by the angle since its start,
+a rotary embedding, and the state stands still; behind the chunk it is turned by the whole angle. Heads rotate by angles
+of their own, and so have B and C of their own; these exist for a chunk at a time. The backward pass keeps the state
+before each chunk and recomputes the rest.
 
 An angle since the start of the sequence would do for B and C too, but in its gradient, a sum over the rest of the
 sequence, nearly all terms cancel: it would drown in the rounding of bfloat16.
+
+At batch 2, length 1024, 8 heads of 64, one group, state 128, 32 pairs in float32, a forward pass, and a forward and a
+backward pass, took this many milliseconds of processor time in chunks of 16, 32, 64 and 128: 60, 59, 64 and 69; 215,
+203, 200 and 258. With rank 4, in chunks of 8, 16, 32 and 64: 164, 153, 180 and 234; 631, 553, 635 and 842. (AMD EPYC,
+jax 0.12.0, 2026-11-24.)
 """
 
 from __future__ import annotations

@@ -132,9 +132,7 @@ _OPTIONS = ("implementation", "chunk_size")
 
 @functools.partial(jax.jit, static_argnames=_OPTIONS)
 def run(inputs, segment_ids=None, **options):
-    return trapezoidal_ssd(
-        **inputs, segment_ids=segment_ids, delta_softplus=True, return_final_state=True, **options
-    )
+    return trapezoidal_ssd(**inputs, segment_ids=segment_ids, delta_softplus=True, return_final_state=True, **options)
 
 
 def scalar(outputs):
@@ -268,6 +266,19 @@ def test_a_token_that_forgets_nothing_and_takes_no_step_leaves_the_state():
     for implementation in IMPLEMENTATIONS:
         _, state = run(still, implementation=implementation)
         np.testing.assert_array_equal(state.ssm, inputs["initial_state"].ssm)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_state_that_turns_knows_the_parity_of_all_bits_so_far(implementation):
+    bits = np.random.default_rng().integers(0, 2, size=(1, 1000))
+    ones, zeros = jnp.ones((1, 1000, 1)), jnp.zeros((1, 1000, 1))
+    B = jnp.broadcast_to(jnp.array([1.0, 0.0]), (1, 1000, 1, 1, 2))
+    start = State(ssm=B[:, :1, 0], B=jnp.zeros((1, 1, 1, 2)), x=jnp.zeros((1, 1, 1)))
+    theta = jnp.asarray(bits, jnp.float32)[..., None]
+    y = trapezoidal_ssd(
+        zeros[..., None], ones, zeros, B, B, ones, theta, initial_state=start, implementation=implementation
+    )
+    np.testing.assert_allclose(y[0, :, 0, 0], 1 - 2 * (np.cumsum(bits) % 2), rtol=1e-3)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
