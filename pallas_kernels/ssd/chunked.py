@@ -53,6 +53,12 @@ def join(chunks: Any, length: int) -> Any:
     )
 
 
+def operand_dtype(*operands: jax.Array) -> jnp.dtype:
+    """What products of these matrices round their operands to: bfloat16 where all are that, else float32 at least."""
+    dtype = jnp.result_type(*operands)
+    return dtype if dtype == jnp.bfloat16 else jnp.promote_types(dtype, jnp.float32)
+
+
 def chunk(
     h: Float[Array, "batch groups members head_dim state"],
     *,
@@ -63,7 +69,7 @@ def chunk(
     B: Float[Array, "batch length groups rank state"],
     C: Float[Array, "batch length groups rank state"],
     starts: Bool[Array, "batch length"] | None,
-    operand_dtype: jnp.dtype,
+    dtype: jnp.dtype,
 ) -> tuple[
     Float[Array, "batch groups members head_dim state"], Float[Array, "batch length groups members rank head_dim"]
 ]:
@@ -83,8 +89,9 @@ def chunk(
         B: input matrices, one a rank, the same for all members of a group.
         C: output matrices, likewise.
         starts: marks the first token of each segment, except the chunk's first token where it continues ``h``.
+        dtype: what matrix products round their operands to, see ``operand_dtype``.
     """
-    product = _product(operand_dtype)
+    product = _product(dtype)
     between, from_start, to_end = _decays(log_decay, starts)
 
     weights = between * jnp.moveaxis(weight, 1, -1)[..., None, :]
@@ -99,9 +106,9 @@ def chunk(
     return from_start[:, -1, :, :, None, None] * h + increment, y
 
 
-def _product(operand_dtype: jnp.dtype) -> Callable[..., jax.Array]:
+def _product(dtype: jnp.dtype) -> Callable[..., jax.Array]:
     """Returns an einsum that rounds its operands to bfloat16 if they are to be that, and sums in float32 at least."""
-    if operand_dtype == jnp.bfloat16:
+    if dtype == jnp.bfloat16:
         return _einsum_of_rounded
     return functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 

@@ -84,7 +84,7 @@ def _chunk(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the state after a chunk, and the chunk's outputs."""
     x, delta, B, C, z, starts = tokens
-    operand_dtype = jnp.result_type(x, B, C)
+    dtype = chunked.operand_dtype(x, B, C)
     x, B, C = (array.astype(h.dtype) for array in (x, B, C))
     h, y = chunked.chunk(
         h,
@@ -94,7 +94,7 @@ def _chunk(
         B=B[..., None, :],
         C=C[..., None, :],
         starts=starts,
-        operand_dtype=operand_dtype,
+        dtype=dtype,
     )
     y = y[..., 0, :]
     if D is not None:

@@ -64,7 +64,6 @@ def trapezoidal_ssd(
     """Computes y and the parts of the final state; see ``Inputs``."""
     dtype = inputs.real_dtype
     length, rank = inputs.x.shape[1], inputs.B.shape[3]
-    starts = None if inputs.segment_ids is None else segment_starts(inputs.segment_ids)
     delta = inputs.step_sizes(delta_softplus=delta_softplus)
     lambda_ = inputs.lambda_.astype(dtype)
     for_previous = (1 - lambda_) * delta
@@ -72,13 +71,14 @@ def trapezoidal_ssd(
         x=inputs.x,
         delta=delta,
         log_decay=delta * inputs.A.astype(dtype),
-        weight=lambda_ * delta + _of_next(for_previous, starts),
+        # Nothing comes after the last token, and what the last of a segment leaves for the next one is not seen there.
+        weight=lambda_ * delta + jnp.pad(for_previous[:, 1:], ((0, 0), (0, 1), (0, 0))),
         own_weight=lambda_ * delta,
         B=inputs.B,
         C=inputs.C,
         theta=inputs.theta.astype(dtype),
         z=inputs.z,
-        starts=starts,
+        starts=None if inputs.segment_ids is None else segment_starts(inputs.segment_ids),
     )
     before = ranks.input_per_rank(inputs.initial_x, inputs) * for_previous[:, 0, :, None, None]
     h = inputs.initial_ssm + jnp.einsum(
@@ -92,24 +92,15 @@ def trapezoidal_ssd(
     return chunked.join(y, length), h, last_B, inputs.x[:, -1].astype(dtype)
 
 
-def _of_next(
-    values: Float[Array, "batch length heads"], starts: Bool[Array, "batch length"] | None
-) -> Float[Array, "batch length heads"]:
-    """Returns the value of the next token, zero where that is none of the same segment."""
-    if starts is not None:
-        values = jnp.where(starts[..., None], 0, values)
-    return jnp.pad(values[:, 1:], ((0, 0), (0, 1), (0, 0)))
-
-
 def _chunk(
     h: Float[Array, "batch heads head_dim state"], tokens: _Tokens, *, inputs: Inputs, norm_epsilon: float
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the state after a chunk, and the chunk's outputs."""
     angle = cumulative_angle(tokens.delta[..., None] * tokens.theta[:, :, None])
-    operand_dtype = jnp.result_type(tokens.x, tokens.B, tokens.C)
+    dtype = chunked.operand_dtype(tokens.x, tokens.B, tokens.C)
 
     def rotated(matrix, bias):
-        return rotate(ranks.matrix_per_head(matrix, bias, inputs), angle[..., None, :], operand_dtype)
+        return rotate(ranks.matrix_per_head(matrix, bias, inputs), angle[..., None, :], dtype)
 
     x = ranks.input_per_rank(tokens.x, inputs)
     # Every head is a group of its own, with one member.
@@ -122,7 +113,7 @@ def _chunk(
         B=rotated(tokens.B, inputs.B_bias),
         C=rotated(tokens.C, inputs.C_bias),
         starts=tokens.starts,
-        operand_dtype=operand_dtype,
+        dtype=dtype,
     )
     h = rotate(h[:, :, 0], -angle[:, -1, :, None])
     y = ranks.output(y[:, :, :, 0], x, tokens.z, inputs, norm_epsilon=norm_epsilon)
