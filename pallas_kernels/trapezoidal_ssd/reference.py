@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.trapezoidal_ssd import ranks
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs, State
-from pallas_kernels.trapezoidal_ssd.rotation import rotate
+from pallas_kernels.trapezoidal_ssd.rotation import rotate, turn_by
 
 
 def unsupported_reason(
@@ -39,7 +39,7 @@ def trapezoidal_ssd(
         u, u_before = ranks.input_per_rank(x, inputs), ranks.input_per_rank(x_before, inputs)
 
         h = h + ((1 - lambda_) * delta)[..., None, None] * _product("bhrp,bhrn->bhpn", u_before, B_before)
-        h = jnp.exp(delta * A)[..., None, None] * rotate(h, -(delta[..., None] * theta[:, None])[:, :, None])
+        h = jnp.exp(delta * A)[..., None, None] * rotate(h, turn_by(-(delta[..., None] * theta[:, None])[:, :, None]))
         h = h + (lambda_ * delta)[..., None, None] * _product("bhrp,bhrn->bhpn", u, B)
         y = ranks.output(_product("bhpn,bhrn->bhrp", h, C), u, z, inputs, norm_epsilon=norm_epsilon)
         return State(h, B, x), y

@@ -10,26 +10,44 @@ overflow on purpose: a sum of any number of angles is as precise as its terms.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+class Turn(NamedTuple):
+    """A rotation of pairs of components, one angle a pair. Gradients flow through the angle alone."""
+
+    angle: Float[Array, "*batch pairs"]
+    cos: Float[Array, "*batch pairs"]
+    sin: Float[Array, "*batch pairs"]
+
+
+def turn_by(angle: Float[Array, "*batch pairs"]) -> Turn:
+    """Returns the rotation by an angle in half-turns."""
+    fixed = jnp.pi * jax.lax.stop_gradient(angle)
+    # Without the barrier the compiler would compute them anew for each half of each array that they turn.
+    cos, sin = jax.lax.optimization_barrier((jnp.cos(fixed), jnp.sin(fixed)))
+    return Turn(angle, cos, sin)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def rotate(
-    array: Float[Array, "*batch state"], angle: Float[Array, "*#batch pairs"], rounded_to: jnp.dtype | None = None
+    array: Float[Array, "*batch state"], turn: Turn, rounded_to: jnp.dtype | None = None
 ) -> Float[Array, "*batch state"]:
-    """Turns pairs of components by angles in half-turns: n with n + state // 2, for each n below ``pairs``.
+    """Turns pairs of components: n with n + state // 2, for each n below ``pairs``.
 
     Args:
         array: what to turn.
-        angle: one angle a pair.
+        turn: by what; its arrays are broadcast against ``array``'s but for the last dimension.
         rounded_to: dtype that the result is rounded to, in ``array``'s dtype; None for no rounding.
     """
-    first, still, second, rest = _split(array, angle.shape[-1])
-    cos, sin = jnp.cos(jnp.pi * angle), jnp.sin(jnp.pi * angle)
-    turned = jnp.concatenate([cos * first - sin * second, still, sin * first + cos * second, rest], axis=-1)
+    first, still, second, rest = _split(array, turn.angle.shape[-1])
+    turned = jnp.concatenate(
+        [turn.cos * first - turn.sin * second, still, turn.sin * first + turn.cos * second, rest], axis=-1
+    )
     return turned if rounded_to is None else turned.astype(rounded_to).astype(array.dtype)
 
 
@@ -38,7 +56,7 @@ def _rotate_jvp(rounded_to, primals, tangents):
     # The slope in the angle is that of the rounded result. Two arrays that are turned together do not change their
     # product, so what they contribute to the gradient of the angle cancels: but only if it comes from the same numbers.
     turned = rotate(*primals, rounded_to)
-    angle = jnp.pi * tangents[1]
+    angle = jnp.pi * tangents[1].angle
     first, still, second, rest = _split(turned, angle.shape[-1])
     swing = [-angle * second, jnp.zeros_like(still), angle * first, jnp.zeros_like(rest)]
     return turned, rotate(tangents[0], primals[1]) + jnp.concatenate(swing, axis=-1)

@@ -32,7 +32,7 @@ from pallas_kernels.segments import segment_starts
 from pallas_kernels.ssd import chunked
 from pallas_kernels.trapezoidal_ssd import ranks
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
-from pallas_kernels.trapezoidal_ssd.rotation import cumulative_angle, rotate
+from pallas_kernels.trapezoidal_ssd.rotation import cumulative_angle, rotate, turn_by
 
 
 class _Tokens(NamedTuple):
@@ -99,8 +99,10 @@ def _chunk(
     angle = cumulative_angle(tokens.delta[..., None] * tokens.theta[:, :, None])
     dtype = chunked.operand_dtype(tokens.x, tokens.B, tokens.C)
 
+    turn = turn_by(angle[..., None, :])
+
     def rotated(matrix, bias):
-        return rotate(ranks.matrix_per_head(matrix, bias, inputs), angle[..., None, :], dtype)
+        return rotate(ranks.matrix_per_head(matrix, bias, inputs), turn, dtype)
 
     x = ranks.input_per_rank(tokens.x, inputs)
     # Every head is a group of its own, with one member.
@@ -115,6 +117,6 @@ def _chunk(
         starts=tokens.starts,
         dtype=dtype,
     )
-    h = rotate(h[:, :, 0], -angle[:, -1, :, None])
+    h = rotate(h[:, :, 0], turn_by(-angle[:, -1, :, None]))
     y = ranks.output(y[:, :, :, 0], x, tokens.z, inputs, norm_epsilon=norm_epsilon)
     return h, y.astype(tokens.x.dtype)

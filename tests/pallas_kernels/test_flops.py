@@ -11,7 +11,7 @@ from pallas_kernels.causal_conv1d import flops as conv_flops
 from pallas_kernels.selective_scan import flops as scan_flops
 from pallas_kernels.ssd import flops as ssd_flops
 from pallas_kernels.trapezoidal_ssd import flops as trapezoidal_ssd_flops
-from pallas_kernels.trapezoidal_ssd.rotation import rotate
+from pallas_kernels.trapezoidal_ssd.rotation import rotate, turn_by
 
 BATCH, CHANNELS = 2, 64
 
@@ -62,7 +62,8 @@ def trapezoidal_token(h, angle, x, z, delta, A, lambda_, for_next, B, C, theta, 
     """A token with one update of the state, which holds already what the token before would add now."""
     delta = jax.nn.softplus(delta + delta_bias)
     angle = angle + delta[..., None] * theta[:, None]
-    B, C = (rotate(matrix + bias, angle[..., None, :]) for matrix, bias in zip((B, C), biases, strict=True))
+    turn = turn_by(angle[..., None, :])
+    B, C = (rotate(matrix + bias, turn) for matrix, bias in zip((B, C), biases, strict=True))
     x, z = x[..., None, :], z[..., None, :]
     if mimo is not None:
         x, z = x * mimo[0], z * mimo[1]
