@@ -14,9 +14,9 @@ An angle since the start of the sequence would do for B and C too, but in its gr
 sequence, nearly all terms cancel: it would drown in the rounding of bfloat16.
 
 At batch 2, length 1024, 8 heads of 64, one group, state 128, 32 pairs in float32, a forward pass, and a forward and a
-backward pass, took this many milliseconds of processor time in chunks of 16, 32, 64 and 128: 60, 59, 64 and 69; 215,
-203, 200 and 258. With rank 4, in chunks of 8, 16, 32 and 64: 164, 153, 180 and 234; 631, 553, 635 and 842. (AMD EPYC,
-jax 0.12.0, 2026-11-24.)
+backward pass, took this many milliseconds of processor time in chunks of 16, 32, 64 and 128: 39, 40, 47 and 67; 149,
+152, 161 and 211. With rank 4, in chunks of 8, 16, 32 and 64: 99, 100, 123 and 185; 394, 401, 513 and 769. (AMD EPYC,
+jax 0.12.0, 2026-11-24, the machine shared with others.)
 """
 
 from __future__ import annotations
