@@ -30,12 +30,23 @@ def scan(
         axis: mesh axis, manual here, that the length is sharded over.
     """
     _, own = run(inputs._replace(D=None, z=None, initial_state=None))
-    y, final_state = run(inputs._replace(initial_state=_state_before(own, inputs, decay, axis)))
+    before = state_before(own, decay, axis, start=inputs.initial_state, segment_ids=inputs.segment_ids)
+    y, final_state = run(inputs._replace(initial_state=before))
     return y, from_last(final_state, axis)
 
 
-def _state_before(own: jax.Array, inputs: Any, decay: jax.Array, axis: Axis) -> jax.Array:
-    """Returns the state that reaches this device's first token, from the states that each part leaves behind."""
+def state_before(
+    own: jax.Array, decay: jax.Array, axis: Axis, *, start: jax.Array | None, segment_ids: jax.Array | None
+) -> jax.Array:
+    """Returns the state that reaches this device's first token, from the states that each part leaves behind.
+
+    Args:
+        own: state that this device's tokens leave behind when they start from none.
+        decay: what a state is multiplied by on its way through this device's tokens, as for ``scan``.
+        axis: mesh axis, manual here, that the length is sharded over.
+        start: state before the whole sequence; None for zero.
+        segment_ids: (batch, length), this device's part; a state passes within a segment only.
+    """
 
     def keep(state: jax.Array, rows: jax.Array) -> jax.Array:
         return jnp.where(rows.reshape(-1, *(1,) * (state.ndim - 1)), state, 0)
@@ -46,10 +57,9 @@ def _state_before(own: jax.Array, inputs: Any, decay: jax.Array, axis: Axis) -> 
         return decay * before + own, before
 
     passes = jnp.ones((own.shape[0],), bool)
-    if inputs.segment_ids is not None:
-        passes = continues_previous(inputs.segment_ids, axis)
-        decay = keep(decay, ~jnp.any(segment_starts(inputs.segment_ids), axis=1))
-    start = inputs.initial_state
+    if segment_ids is not None:
+        passes = continues_previous(segment_ids, axis)
+        decay = keep(decay, ~jnp.any(segment_starts(segment_ids), axis=1))
     if start is None:
         start = vary_like(jnp.zeros_like(own), own)
     parts = jax.lax.all_gather((decay, own, vary_like(passes, own)), axis)

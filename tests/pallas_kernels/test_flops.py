@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import causal_conv1d, selective_scan, ssd
+from pallas_kernels import causal_conv1d, selective_scan, ssd, trapezoidal_ssd
 from pallas_kernels.causal_conv1d import flops as conv_flops
 from pallas_kernels.selective_scan import flops as scan_flops
 from pallas_kernels.ssd import flops as ssd_flops
+from pallas_kernels.trapezoidal_ssd import flops as trapezoidal_ssd_flops
+from pallas_kernels.trapezoidal_ssd.rotation import rotate, turn_by
 
 BATCH, CHANNELS = 2, 64
 
@@ -56,6 +58,55 @@ def test_ssd(state):
     assert ssd_flops.exponentials(BATCH, 1, heads) == exponentials
 
 
+def trapezoidal_token(h, angle, x, z, delta, A, lambda_, for_next, B, C, theta, D, delta_bias, biases, mimo):
+    """A token with one update of the state, which holds already what the token before would add now."""
+    delta = jax.nn.softplus(delta + delta_bias)
+    angle = angle + delta[..., None] * theta[:, None]
+    turn = turn_by(angle[..., None, :])
+    B, C = (rotate(matrix + bias, turn) for matrix, bias in zip((B, C), biases, strict=True))
+    x, z = x[..., None, :], z[..., None, :]
+    if mimo is not None:
+        x, z = x * mimo[0], z * mimo[1]
+    own = lambda_ * delta
+    weighted = (own + for_next)[..., None, None] * x
+    update = jnp.sum(weighted[..., None] * B[..., None, :], axis=2)
+    h = jnp.exp(delta * A)[..., None, None] * h + update
+    y = jnp.einsum("bhpn,bhrn->bhrp", h, C)
+    y = y - jnp.einsum("bhri,bhip->bhrp", for_next[..., None, None] * jnp.einsum("bhrn,bhin->bhri", C, B), x)
+    y = (y + D[:, None, None] * x) * (z * jax.nn.sigmoid(z))
+    return (y[:, :, 0] if mimo is None else jnp.sum(y * mimo[2], axis=2)), h, angle, (1 - lambda_) * delta
+
+
+@pytest.mark.parametrize("state", [16, 64])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_trapezoidal_ssd(rank, state):
+    heads, head_dim, pairs = 4, 16, state // 4
+    per_token, per_head = (BATCH, heads, head_dim), (BATCH, heads)
+    matrix = (BATCH, 1, rank, state)
+    shapes = (
+        (BATCH, heads, head_dim, state), (BATCH, heads, pairs), per_token, per_token, per_head, per_head, per_head,
+        per_head, matrix, matrix, (BATCH, pairs), (heads,), (heads,), (2, heads, rank, state),
+        None if rank == 1 else (3, heads, rank, head_dim),
+    )  # fmt: skip
+    arrays = [None if shape is None else jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    # Not compiled: a fusion may compute what it needs twice.
+    analysis = jax.jit(trapezoidal_token).lower(*arrays).cost_analysis()
+    count = trapezoidal_ssd_flops.forward(BATCH, 1, heads, head_dim, state, pairs=pairs, rank=rank)
+    assert count == pytest.approx(analysis["flops"], rel=0.1)
+
+    x, z, B, biases = ((shape[0], 1, *shape[1:]) for shape in (per_token, per_token, matrix, per_head))
+    operands = (x, biases, biases, B, B, biases, (BATCH, 1, pairs), (heads,), z, (heads,))
+
+    def operator(*arrays):
+        return trapezoidal_ssd.trapezoidal_ssd(
+            *arrays[:-1], delta_bias=arrays[-1], delta_softplus=True, implementation="reference"
+        )
+
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in operands]
+    exponentials = jax.jit(operator).lower(*arrays).cost_analysis()["transcendentals"]
+    assert trapezoidal_ssd_flops.exponentials(BATCH, 1, heads, head_dim, pairs=pairs, rank=rank) == exponentials
+
+
 def test_causal_conv1d():
     def convolve(x, weight, bias):
         return causal_conv1d.causal_conv1d(x, weight, bias, activation="silu", implementation="xla")
@@ -75,3 +126,6 @@ def test_bytes_are_those_of_the_arrays_read_and_written():
     # KERNELS: (8, 2048, 80 heads of 64, 1 group, state 128) moves 335 MB of x and y. The rest is little.
     assert 1 < ssd_flops.forward_bytes(8, 2048, 80, 64, 128, itemsize=2) / 335e6 < 1.1
     assert 3 / 2 < ssd_flops.backward_bytes(8, 2048, 80, 64, 128, itemsize=2) / 335e6 < 1.6
+    # The same shape for Mamba-3: z as well, and a scalar or two a head.
+    moved = trapezoidal_ssd_flops.forward_bytes(8, 2048, 80, 64, 128, pairs=32, itemsize=2)
+    assert 3 / 2 < moved / 335e6 < 1.7

@@ -15,6 +15,7 @@ from pallas_kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from pallas_kernels.selective_scan import selective_scan, selective_scan_step
 from pallas_kernels.sharding import map_shards
 from pallas_kernels.ssd import ssd, ssd_step
+from pallas_kernels.trapezoidal_ssd import State, trapezoidal_ssd
 
 SPECS = {
     "batch": P("data", None, None),
@@ -57,7 +58,7 @@ def assert_sharding_changes_nothing(operator, inputs, segment_ids, spec, mesh):
     with jax.set_mesh(mesh):
         placed = jax.device_put(inputs, P()) | {"x": jax.device_put(inputs["x"], spec)}
         actual = outputs_and_gradients(operator, placed, jax.device_put(segment_ids, P()))
-    _, (y, _) = actual
+    y = actual[1][0]
     assert jax.typeof(y).sharding.spec == spec
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
 
@@ -136,6 +137,46 @@ def test_ssd(dims, mesh):
 def test_ssd_with_groups_and_one_document(groups, heads, mesh):
     spec = P("data", "sequence", "tensor", None)
     assert_sharding_changes_nothing(run_ssd, ssd_inputs(groups, heads), None, spec, mesh)
+
+
+def trapezoidal_ssd_inputs(groups, heads=4, rank=2):
+    return {
+        "x": random(2, 8, heads, 3),
+        "delta": random(2, 8, heads),
+        "A": -jnp.exp(random(2, 8, heads)),
+        "B": random(2, 8, groups, rank, 5),
+        "C": random(2, 8, groups, rank, 5),
+        "lambda_": jax.nn.sigmoid(random(2, 8, heads)),
+        "theta": random(2, 8, 2),
+        "D": random(heads),
+        "z": random(2, 8, heads, 3),
+        "delta_bias": random(heads),
+        "B_bias": random(heads, rank, 5),
+        "C_bias": random(heads, rank, 5),
+        "mimo_x": random(heads, rank, 3),
+        "mimo_z": random(heads, rank, 3),
+        "mimo_o": random(heads, rank, 3),
+        "norm_weight": random(heads, 3),
+        "initial_state": State(random(2, heads, 3, 5), random(2, heads, rank, 5), random(2, heads, 3)),
+    }
+
+
+def run_trapezoidal_ssd(inputs, segment_ids):
+    y, state = trapezoidal_ssd(
+        **inputs, delta_softplus=True, segment_ids=segment_ids, return_final_state=True, chunk_size=3
+    )
+    return y, *state
+
+
+@pytest.mark.parametrize("dims", ["length over two axes", "everything"])
+def test_trapezoidal_ssd(dims, mesh):
+    inputs = trapezoidal_ssd_inputs(groups=1)
+    assert_sharding_changes_nothing(run_trapezoidal_ssd, inputs, documents(8), P(*SPECS[dims], None), mesh)
+
+
+def test_trapezoidal_ssd_with_groups_and_one_document(mesh):
+    spec = P("data", "sequence", "tensor", None)
+    assert_sharding_changes_nothing(run_trapezoidal_ssd, trapezoidal_ssd_inputs(3, heads=6), None, spec, mesh)
 
 
 def conv_inputs(length, width):

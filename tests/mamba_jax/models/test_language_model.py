@@ -88,6 +88,21 @@ def test_presets_have_the_published_number_of_parameters(name, published_count):
     assert count_parameters(PRESETS[name]) == published_count
 
 
+def test_mamba2_2_7b_is_as_large_as_the_published_checkpoint():
+    # state-spaces/mamba2-2.7b on Hugging Face: pytorch_model.bin, in float16, of 5.41 GB.
+    assert 2 * count_parameters(PRESETS["mamba2_2_7b"]) / 1e9 == pytest.approx(5.41, abs=0.005)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("mamba2")])
+def test_mamba2_presets_have_the_parameters_of_the_authors_module(name):
+    # mamba_ssm/modules/mamba2.py: in_proj, conv1d, dt_bias, A_log, D, norm and out_proj; the block's norm.
+    width, layers = PRESETS[name].width, PRESETS[name].num_layers
+    channels, heads, matrices = 2 * width, 2 * width // 64, 2 * 128
+    in_proj, out_proj = width * (2 * channels + matrices + heads), channels * width
+    layer = in_proj + 5 * (channels + matrices) + 3 * heads + channels + out_proj + width
+    assert count_parameters(PRESETS[name]) == layers * layer + width + 50288 * width
+
+
 def test_a_preset_can_be_changed_and_an_unknown_one_lists_the_known():
     assert preset("mamba_130m", width=512).width == 512
     with pytest.raises(ValueError, match="mamba_130m, mamba_370m"):

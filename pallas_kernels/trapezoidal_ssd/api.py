@@ -1,0 +1,256 @@
+"""Signature of the trapezoidal SSD operator: what it accepts, and which implementation gets it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import implementation as implementations
+from pallas_kernels import sharding
+from pallas_kernels.trapezoidal_ssd import sequence_parallel
+from pallas_kernels.trapezoidal_ssd.inputs import Inputs, State
+from pallas_kernels.validation import INTEGER, Checker
+
+_TOKEN = ("batch", "length", "heads", "head_dim")
+_PER_HEAD = ("batch", "length", "heads")
+_MATRIX = ("batch", "length", "groups", "rank", "state")
+_PARAMETERS = {
+    "D": ("heads", "head_dim"),
+    "delta_bias": ("heads",),
+    "B_bias": ("heads", "rank", "state"),
+    "C_bias": ("heads", "rank", "state"),
+    "mimo_x": ("heads", "rank", "head_dim"),
+    "mimo_z": ("heads", "rank", "head_dim"),
+    "mimo_o": ("heads", "rank", "head_dim"),
+    "norm_weight": ("heads", "head_dim"),
+}
+_STATE = {
+    "ssm": ("batch", "heads", "head_dim", "state"),
+    "B": ("batch", "heads", "rank", "state"),
+    "x": ("batch", "heads", "head_dim"),
+}
+
+
+def trapezoidal_ssd(
+    x: Float[Array, "batch length heads head_dim"],
+    delta: Float[Array, "batch length heads"],
+    A: Float[Array, "batch length heads"],
+    B: Float[Array, "batch length groups rank state"],
+    C: Float[Array, "batch length groups rank state"],
+    lambda_: Float[Array, "batch length heads"],
+    theta: Float[Array, "batch length pairs"],
+    D: Float[Array, "heads *head_dim"] | None = None,
+    z: Float[Array, "batch length heads head_dim"] | None = None,
+    *,
+    delta_bias: Float[Array, " heads"] | None = None,
+    delta_softplus: bool = False,
+    B_bias: Float[Array, "heads rank state"] | None = None,
+    C_bias: Float[Array, "heads rank state"] | None = None,
+    mimo_x: Float[Array, "heads rank head_dim"] | None = None,
+    mimo_z: Float[Array, "heads rank head_dim"] | None = None,
+    mimo_o: Float[Array, "heads rank head_dim"] | None = None,
+    norm_weight: Float[Array, "heads head_dim"] | None = None,
+    norm_epsilon: float = 1e-5,
+    segment_ids: Int[Array, "batch length"] | None = None,
+    initial_state: State | None = None,
+    return_final_state: bool = False,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "batch length heads head_dim"] | tuple[Float[Array, "batch length heads head_dim"], State]:
+    """Runs a state-space model whose state decays by one scalar a head and token, rotates, and sees two inputs at once.
+
+    With ``delta' = softplus(delta + delta_bias)`` (without the softplus unless ``delta_softplus``), for each head::
+
+        x'[t, r] = mimo_x[r] x[t],  B'[t, r] = B[t, r] + B_bias[r],  C'[t, r] = C[t, r] + C_bias[r]
+        alpha = exp(delta'[t] (A[t] - i pi theta[t]))
+        beta = (1 - lambda[t]) delta'[t] alpha,  gamma = lambda[t] delta'[t]
+        h[t] = alpha h[t-1] + beta sum_r x'[t-1, r] B'[t-1, r]^T + gamma sum_r x'[t, r] B'[t, r]^T
+        y[t, r] = norm(h[t] C'[t, r] + D x'[t, r]) silu(mimo_z[r] z[t])
+        y[t] = sum_r mimo_o[r] y[t, r]
+
+    The imaginary part turns component n of the state together with component n + state // 2, for n below ``pairs``;
+    the other components do not rotate. This is the layer of Lahoti et al., "Mamba-3: Improved Sequence Modeling using
+    State Space Principles" (2026, arXiv:2603.15569): the exponential-trapezoidal rule, a complex state, and with a rank
+    above 1 several inputs and outputs (MIMO). With lambda 1, theta 0 and rank 1 it is ``ssd``.
+
+    State and sums are float32 whatever the inputs' dtypes (float64 for float64 ``x``); where ``x``, ``B`` and ``C`` are
+    bfloat16, so are the operands of matrix products, except in "reference".
+
+    Differentiable in every floating-point array, the initial and the final state included; reverse mode only. Peak
+    memory grows with one state a chunk, never with one a token, except in "reference".
+
+    Args:
+        x: input.
+        delta: step sizes, before bias and softplus.
+        A: decay rates of each token. They should be negative.
+        B: input matrices of each group of heads, one a rank: head h uses group h // (heads // groups).
+        C: output matrices, of the same shape as ``B``.
+        lambda_: how much of a step sees the token at its end, from 0 to 1; the rest sees the token at its start.
+        theta: rotation of each pair of components, in half-turns for a step of size 1.
+        D: skip connection, one a head or one a channel, (heads, head_dim); None for none.
+        z: gate; None for none.
+        delta_bias: added to ``delta``.
+        delta_softplus: whether the step sizes go through a softplus.
+        B_bias: added to ``B`` for each head; None for none.
+        C_bias: added to ``C`` for each head; None for none.
+        mimo_x: weight of the input for each rank; None for ones.
+        mimo_z: weight of the gate for each rank; None for ones.
+        mimo_o: weight of the output of each rank; None for ones.
+        norm_weight: weight of an RMSNorm over each head's and rank's channels; None for no norm.
+        norm_epsilon: added to the norm's mean square.
+        segment_ids: number of the document each token belongs to; the state is zero at each change.
+        initial_state: state before the first token, zero by default. The first token continues it, whatever its
+            segment id.
+        return_final_state: whether to return the state after the last token.
+        chunk_size: tokens that are computed together, any number from 1; None takes what suits the implementation. It
+            changes time and memory, and the results by rounding only.
+        implementation: "mosaic_gpu", "xla" or "reference"; None takes the best that supports the call.
+
+    Returns:
+        y in ``x``'s dtype; with ``return_final_state`` also the state after the last token, in float32.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or epsilon or chunk size make no sense.
+        UnsupportedError: the named implementation cannot run this call.
+    """
+    parameters = (D, delta_bias, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm_weight)
+    inputs = _canonical("trapezoidal_ssd", x, delta, A, B, C, lambda_, theta, z, parameters, segment_ids, initial_state)
+    _check_options("trapezoidal_ssd", norm_epsilon, chunk_size)
+    options = {"delta_softplus": delta_softplus, "norm_epsilon": norm_epsilon, "chunk_size": chunk_size}
+    y, state = _run(inputs, implementation, **options)
+    return (y, state) if return_final_state else y
+
+
+def trapezoidal_ssd_step(
+    state: State,
+    x: Float[Array, "batch heads head_dim"],
+    delta: Float[Array, "batch heads"],
+    A: Float[Array, "batch heads"],
+    B: Float[Array, "batch groups rank state"],
+    C: Float[Array, "batch groups rank state"],
+    lambda_: Float[Array, "batch heads"],
+    theta: Float[Array, "batch pairs"],
+    D: Float[Array, "heads *head_dim"] | None = None,
+    z: Float[Array, "batch heads head_dim"] | None = None,
+    *,
+    delta_bias: Float[Array, " heads"] | None = None,
+    delta_softplus: bool = False,
+    B_bias: Float[Array, "heads rank state"] | None = None,
+    C_bias: Float[Array, "heads rank state"] | None = None,
+    mimo_x: Float[Array, "heads rank head_dim"] | None = None,
+    mimo_z: Float[Array, "heads rank head_dim"] | None = None,
+    mimo_o: Float[Array, "heads rank head_dim"] | None = None,
+    norm_weight: Float[Array, "heads head_dim"] | None = None,
+    norm_epsilon: float = 1e-5,
+) -> tuple[Float[Array, "batch heads head_dim"], State]:
+    """Runs ``trapezoidal_ssd`` for one token: its arguments without the length, after the state before the token.
+
+    Returns:
+        y in ``x``'s dtype, and the state after the token.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or epsilon makes no sense.
+    """
+    x, delta, A, B, C, lambda_, theta = (array[:, None] for array in (x, delta, A, B, C, lambda_, theta))
+    z = None if z is None else z[:, None]
+    parameters = (D, delta_bias, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm_weight)
+    inputs = _canonical("trapezoidal_ssd_step", x, delta, A, B, C, lambda_, theta, z, parameters, None, state)
+    _check_options("trapezoidal_ssd_step", norm_epsilon, None)
+    options = {"delta_softplus": delta_softplus, "norm_epsilon": norm_epsilon, "chunk_size": None}
+    y, state = _run(inputs, "reference", **options)
+    return y[:, 0], state
+
+
+def _run(inputs: Inputs, implementation: str | None, **options: Any) -> tuple[jax.Array, State]:
+    def scan(inputs: Inputs) -> tuple[jax.Array, ...]:
+        return implementations.choose("trapezoidal_ssd", implementation, inputs, **options)(inputs, **options)
+
+    def scan_shard(inputs: Inputs, sequence_axis: sharding.Axis | None) -> tuple[jax.Array, ...]:
+        if sequence_axis is None:
+            return scan(inputs)
+        return sequence_parallel.scan(scan, inputs, sequence_axis, delta_softplus=options["delta_softplus"])
+
+    shards = sharding.shard_count(inputs.x, 2)
+    inputs = inputs._replace(
+        B=sharding.groups_per_shard(inputs.B, shards), C=sharding.groups_per_shard(inputs.C, shards)
+    )
+    y, *state = sharding.map_shards(scan_shard, inputs, _input_dims(inputs), (_TOKEN, *_STATE.values()))
+    return y, State(*state)
+
+
+def _input_dims(inputs: Inputs) -> dict[str, sharding.Dims]:
+    # A single group serves all heads, several are sharded along with theirs.
+    matrix = _MATRIX if inputs.B.shape[2] == 1 else ("batch", "length", "heads", "rank", "state")
+    return {
+        "x": _TOKEN,
+        "delta": _PER_HEAD,
+        "A": _PER_HEAD,
+        "B": matrix,
+        "C": matrix,
+        "lambda_": _PER_HEAD,
+        "theta": ("batch", "length", "pairs"),
+        "z": _TOKEN,
+        "segment_ids": ("batch", "length"),
+        **_PARAMETERS,
+        **{f"initial_{name}": dims for name, dims in _STATE.items()},
+    }
+
+
+def _canonical(operator, x, delta, A, B, C, lambda_, theta, z, parameters, segment_ids, initial_state) -> Inputs:
+    """Checks all arrays, gives D its channels, casts parameters and state, makes the state where there is none."""
+    check = Checker(operator)
+    check("x", x, _TOKEN)
+    check("delta", delta, _PER_HEAD)
+    check("A", A, _PER_HEAD)
+    check("B", B, _MATRIX)
+    check("C", C, _MATRIX)
+    heads, groups, state_size = x.shape[2], B.shape[2], B.shape[4]
+    if heads % groups:
+        raise check.error(f"heads must be a multiple of groups, got {heads} heads and {groups} groups")
+    check("lambda_", lambda_, _PER_HEAD)
+    check("theta", theta, ("batch", "length", "pairs"))
+    if theta.shape[2] > state_size // 2:
+        raise check.error(
+            f"theta must be of at most {state_size // 2} pairs for a state of {state_size}, got {theta.shape[2]}"
+        )
+    if z is not None:
+        check("z", z, _TOKEN)
+    if segment_ids is not None:
+        check("segment_ids", segment_ids, ("batch", "length"), INTEGER)
+    cast_parameters = {
+        name: _parameter(check, name, array, x) for name, array in zip(_PARAMETERS, parameters, strict=True)
+    }
+    if initial_state is None:
+        sizes = dict(zip(_TOKEN, x.shape, strict=True)) | dict(zip(_MATRIX, B.shape, strict=True))
+        initial_state = State(*(jnp.zeros([sizes[dim] for dim in dims], x.dtype) for dims in _STATE.values()))
+    state = {}
+    for name, dims in _STATE.items():
+        part = getattr(initial_state, name)
+        check(f"initial_state.{name}", part, dims)
+        state[f"initial_{name}"] = part.astype(_real_dtype(x))
+    return Inputs(x, delta, A, B, C, lambda_, theta, z, **cast_parameters, segment_ids=segment_ids, **state)
+
+
+def _parameter(check: Checker, name: str, array: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """Checks and casts a parameter: before it is used at every token, since its gradient is a sum over all of them."""
+    if array is None:
+        return None
+    one_a_head = name == "D" and array.ndim == 1
+    check(name, array, ("heads",) if one_a_head else _PARAMETERS[name])
+    array = array.astype(_real_dtype(x))
+    return jnp.broadcast_to(array[:, None], x.shape[2:]) if one_a_head else array
+
+
+def _real_dtype(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _check_options(operator: str, norm_epsilon: float, chunk_size: int | None) -> None:
+    check = Checker(operator)
+    if norm_epsilon <= 0:
+        raise check.error(f"norm_epsilon must be above 0, got {norm_epsilon}")
+    if chunk_size is not None and chunk_size < 1:
+        raise check.error(f"chunk_size must be None or at least 1, got {chunk_size}")

@@ -1,0 +1,194 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mamba_jax.mixers.mamba3 import Mamba3, Mamba3Config, heavy_tail
+from tests.mamba_jax.mixers.contract import MixerContract, apply, relative_error
+
+
+class TestMamba3(MixerContract):
+    config = Mamba3Config(state_size=8, head_dim=4)
+
+
+class TestMamba3WithEveryOption(MixerContract):
+    config = Mamba3Config(
+        expand=3,
+        state_size=6,
+        head_dim=4,
+        groups=2,
+        rank=2,
+        rotary_fraction=1.0,
+        decay_rate_floor=0.5,
+        output_norm=True,
+        implementation="reference",
+    )
+
+
+def sigmoid(v):
+    return 1 / (1 + np.exp(-v))
+
+
+def rms_norm(v, weight):
+    return v / np.sqrt(np.mean(v**2, axis=-1, keepdims=True) + 1e-5) * weight
+
+
+def turned(v, angle):
+    """Rotary embedding of (heads, rank, state): components n and n + state / 2 by angle n, the others by none."""
+    half = v.shape[-1] // 2
+    angle = np.pad(angle, ((0, 0), (0, half - angle.shape[-1])))[:, None]
+    cos, sin = np.cos(angle), np.sin(angle)
+    first, second = v[..., :half], v[..., half:]
+    return np.concatenate([cos * first - sin * second, sin * first + cos * second], axis=-1)
+
+
+def published_layer(mixer: Mamba3, u):
+    """The published layer for one sequence in float64, one token after the other.
+
+    Here B and C are turned by the angle so far, as in the authors' code, and the state stands still.
+    """
+    weights = nnx.to_pure_dict(nnx.state(mixer, nnx.Param))
+    weights = jax.tree.map(lambda value: np.asarray(value, float), weights)
+    config, heads = mixer.config, mixer.heads
+    ones = np.ones((heads, config.rank, 1))
+    h, before, angle, outputs = 0.0, 0.0, 0.0, []
+    for token in u:
+        z, x = np.einsum("w,wkhp->khp", token, weights["zx_proj"]["weight"])
+        B, C = np.moveaxis(np.einsum("w,wgkrn->gkrn", token, weights["BC_proj"]["weight"]), 1, 0)
+        delta, A, trapezoid = np.einsum("w,wkh->kh", token, weights["dynamics_proj"]["weight"])
+        theta = np.pi * np.tanh(token @ weights["angle_proj"]["weight"])
+
+        delta = np.logaddexp(0, delta + weights["dt_bias"])
+        A = -np.maximum(np.where(A >= 0, 1 + A, 1 / (1 - np.minimum(A, 0))), config.decay_rate_floor)
+        lambda_ = sigmoid(trapezoid)
+        angle = angle + delta[:, None] * theta
+        repeats = heads // config.groups
+        B = turned(np.repeat(rms_norm(B, weights["B_norm"]["weight"]), repeats, axis=0) + weights["B_bias"], angle)
+        C = turned(np.repeat(rms_norm(C, weights["C_norm"]["weight"]), repeats, axis=0) + weights["C_bias"], angle)
+
+        x = x[:, None] * weights.get("mimo_x", ones)
+        alpha = np.exp(delta * A)[:, None, None]
+        input_state = np.einsum("hrp,hrn->hpn", x, B)
+        beta, gamma = ((1 - lambda_) * delta)[:, None, None] * alpha, (lambda_ * delta)[:, None, None]
+        h = alpha * h + beta * before + gamma * input_state
+        before = input_state
+
+        y = np.einsum("hpn,hrn->hrp", h, C) + weights["D"][:, None, None] * x
+        if config.output_norm:
+            y = rms_norm(y, weights["norm_weight"][:, None])
+        z = z[:, None] * weights.get("mimo_z", ones)
+        y = np.sum(y * z * sigmoid(z) * weights.get("mimo_o", ones), axis=1)
+        outputs.append(y.reshape(-1) @ weights["out_proj"]["weight"])
+    return np.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Mamba3Config(state_size=8, head_dim=4),
+        Mamba3Config(state_size=12, head_dim=8, groups=2, rank=3, decay_rate_floor=0.7, output_norm=True),
+    ],
+    ids=["SISO", "MIMO"],
+)
+def test_computes_the_published_layer(config):
+    mixer = config.build(16, num_layers=2, compute_dtype=jnp.float32, rngs=nnx.Rngs(1))
+    leaves, structure = jax.tree.flatten(mixer)
+    rng = np.random.default_rng()
+    mixer = jax.tree.unflatten(structure, [leaf + 0.5 * rng.normal(size=leaf.shape) for leaf in leaves])
+    mixer = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), mixer)
+    u = jnp.asarray(rng.normal(size=(2, 30, 16)), jnp.float32)
+    expected = np.stack([published_layer(mixer, row) for row in np.asarray(u, float)])
+    assert relative_error(apply(mixer, u)[0], expected) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def mixer() -> Mamba3:
+    config = Mamba3Config(head_dim=4, state_size=10, groups=2, rank=4)
+    return config.build(512, num_layers=9, compute_dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def test_step_sizes_start_log_uniform_between_their_bounds(mixer):
+    delta = np.asarray(jax.nn.softplus(mixer.dt_bias[...]), np.float64)
+    assert delta.min() >= 1e-3 * (1 - 1e-4)
+    assert delta.max() <= 0.1 * (1 + 1e-4)
+    logarithm = np.log10(delta)
+    assert logarithm.mean() == pytest.approx(-2, abs=0.15)
+    assert logarithm.std() == pytest.approx(2 / np.sqrt(12), abs=0.08)
+
+
+def test_biases_skip_norms_and_gates_start_at_one_and_ranks_share_the_input(mixer):
+    for parameter in (mixer.B_bias, mixer.C_bias, mixer.D, mixer.B_norm.weight, mixer.C_norm.weight, mixer.mimo_z):
+        np.testing.assert_array_equal(parameter[...], 1)
+    for parameter in (mixer.mimo_x, mixer.mimo_o):
+        np.testing.assert_array_equal(parameter[...], 1 / 4)
+
+
+def test_projections_start_uniform_within_their_fan_in(mixer):
+    for weight, bound in [
+        (mixer.zx_proj.weight, 512**-0.5),
+        (mixer.BC_proj.weight, 512**-0.5),
+        (mixer.dynamics_proj.weight, 512**-0.5),
+        (mixer.angle_proj.weight, 512**-0.5),
+        (mixer.out_proj.weight, 1024**-0.5 / 3),
+    ]:
+        largest = float(jnp.max(jnp.abs(weight[...])))
+        assert 0.95 * bound < largest <= bound
+        assert float(jnp.std(weight[...])) == pytest.approx(bound / np.sqrt(3), rel=0.06)
+
+
+def test_weight_decay_spares_what_sets_time_scales_biases_and_norms(mixer):
+    for parameter in (mixer.dt_bias, mixer.D, mixer.B_bias, mixer.C_bias, mixer.B_norm.weight):
+        assert parameter.get_metadata("weight_decay") is False
+    for parameter in (mixer.zx_proj.weight, mixer.mimo_x, mixer.mimo_z, mixer.mimo_o):
+        assert parameter.get_metadata().get("weight_decay", True)
+
+
+def test_one_input_a_head_needs_as_many_parameters_as_published():
+    # d_in_proj = 2 d_inner + 2 N G + 3 heads + angles; dt_bias, D; biases and norms of B and C; out_proj.
+    mixer = Mamba3Config().build(768, num_layers=1, compute_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    in_proj = 768 * (2 * 1536 + 2 * 128 + 3 * 24 + 32)
+    expected = in_proj + 2 * 24 + 2 * 24 * 128 + 2 * 128 + 1536 * 768
+    assert sum(leaf.size for leaf in jax.tree.leaves(mixer)) == expected
+
+
+def test_decay_rates_have_a_heavy_tail():
+    x = np.array([-1e4, -3.0, 0.0, 3.0])
+    np.testing.assert_allclose(heavy_tail(jnp.asarray(x)), [1 / 10001, 0.25, 1.0, 4.0], rtol=1e-6)
+    slope = jax.grad(lambda x: heavy_tail(x))
+    assert slope(-1e-6) == pytest.approx(1, rel=1e-4)
+    assert slope(1e-6) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("expand", 0),
+        ("head_dim", 0),
+        ("state_size", 0),
+        ("groups", 0),
+        ("rank", 0),
+        ("rotary_fraction", 0.0),
+        ("rotary_fraction", 1.5),
+        ("rotary_fraction", 0.01),
+        ("decay_rate_floor", 0.0),
+        ("delta_min", 0.0),
+        ("delta_min", 1.0),
+        ("norm_epsilon", 0.0),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"Mamba3\.{field} = {value}"):
+        Mamba3Config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Mamba3Config(), r"Mamba3\.head_dim = 64 cannot be used: it must divide 32 channels"),
+        (Mamba3Config(head_dim=4, groups=3), r"Mamba3\.groups = 3 cannot be used: it must divide 8 heads"),
+    ],
+)
+def test_heads_that_do_not_fit_the_width_are_a_mistake(config, message):
+    with pytest.raises(ValueError, match=message):
+        config.build(16, num_layers=1, compute_dtype=jnp.float32, rngs=nnx.Rngs(0))
