@@ -63,7 +63,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if name in arguments[:1]:
             command.add_arguments(subparser)
     if arguments[:1] != ["train"]:
-        return parser.parse_args(arguments)
+        options = parser.parse_args(arguments)
+        options.arguments = arguments
+        return options
     # argparse cannot know the names of settings; what is wrong with them is said when they are bound.
     bindings = [argument for argument in arguments if argument.startswith(_BINDING)]
     if "-h" in arguments or "--help" in arguments:
@@ -132,10 +134,24 @@ def _train(options: argparse.Namespace) -> None:
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_argument(parser)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there too, as JSON")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="write the loss there too, as JSON; with --task, the folder for results (evaluations/TASK in the workdir)",
+    )
+    from train.tasks import command
+
+    command.add_arguments(parser)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from train.tasks import command
+
+    command.check(options, options.arguments)
+    if options.task is not None:
+        command.run(options)
+        return
     from train import evaluate
 
     evaluate.run(options.checkpoint, output=options.output)
@@ -239,7 +255,9 @@ def _configs(options: argparse.Namespace) -> None:
 
 COMMANDS = {
     "train": _Command("Train a model, or go on with a run.", _add_train_arguments, _train),
-    "evaluate": _Command("Evaluate a trained model on held-out text.", _add_evaluate_arguments, _evaluate),
+    "evaluate": _Command(
+        "Evaluate a trained model on held-out text, or on a task.", _add_evaluate_arguments, _evaluate
+    ),
     "generate": _Command("Continue texts with a trained model.", _add_generate_arguments, _generate),
     "prepare": _Command("Turn text files into token files to train on.", _add_prepare_arguments, _prepare),
     "benchmark": _Command("Time the operators and check their results.", _add_benchmark_arguments, _benchmark),

@@ -20,6 +20,7 @@ from jaxtyping import Int32
 
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
+from train.tasks.cell import Cell, count_right
 from train.tasks.example import Example
 from train.tasks.text import Text
 
@@ -94,7 +95,9 @@ class PassagesOfFile:
 
     def draw(self, random: np.random.Generator, count: int) -> Sequence[Passage]:
         if count > len(self._contexts):
-            raise UserError(f"{self._path} has {len(self._contexts)} different documents: ask for no more, not {count}.")
+            raise UserError(
+                f"{self._path} has {len(self._contexts)} different documents: ask for no more, not {count}."
+            )
         chosen = [self._contexts[i] for i in random.choice(len(self._contexts), size=count, replace=False)]
         return [Passage(self._encode(str(random.choice(self._questions[c]))), self._encode(c)) for c in chosen]
 
@@ -147,6 +150,21 @@ class DocumentRetrieval:
 
     def _encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
         return _encoded(self.passages.tokenizer, text)
+
+
+def cells(task: DocumentRetrieval, *, documents: Sequence[int], tries: int) -> list[Cell]:
+    """A cell for each number of documents."""
+
+    def cell(count: int) -> Cell:
+        examples = [task.example(index, count) for index in range(tries)]
+        return Cell(
+            key={"documents": count},
+            length=max(example.length for example in examples),
+            tokens=sum(example.length for example in examples),
+            measure=count_right(lambda: examples, task.is_right, task.passages.tokenizer),
+        )
+
+    return [cell(count) for count in documents]
 
 
 @functools.lru_cache(maxsize=4 * MOST_DOCUMENTS)

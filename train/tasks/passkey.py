@@ -7,17 +7,18 @@ use. Prompt, needle and answer together are exactly as long as asked for: the te
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
 from train.errors import UserError
+from train.tasks.cell import Cell, count_right
 from train.tasks.example import Example
 from train.tasks.text import Text
 
-INTRODUCTION = (
-    "There is an important pass key hidden inside a lot of irrelevant text. Find it and memorize it:\n"
-)
+INTRODUCTION = "There is an important pass key hidden inside a lot of irrelevant text. Find it and memorize it:\n"
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = "\nAnswer: "
 
@@ -68,3 +69,25 @@ class Passkey:
         before = round(depth * fill)
         prompt = np.concatenate([opening, text[:before], needle, text[before:], question])
         return Example(prompt, answer, expected=key)
+
+
+def cells(passkey: Passkey, *, lengths: Sequence[int], depths: Sequence[float], tries: int) -> list[Cell]:
+    """A cell for each length and depth. Raises UserError where a length does not even hold the needle."""
+    for length in lengths:
+        passkey.example(0, length, 0.5)
+    return [
+        Cell(
+            key={"length": length, "depth": depth},
+            length=length,
+            tokens=length * tries,
+            measure=count_right(
+                functools.partial(_examples, passkey, length, depth, tries), passkey.is_right, passkey.text.tokenizer
+            ),
+        )
+        for length in lengths
+        for depth in depths
+    ]
+
+
+def _examples(passkey: Passkey, length: int, depth: float, tries: int) -> list[Example]:
+    return [passkey.example(index, length, depth) for index in range(tries)]

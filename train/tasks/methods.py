@@ -1,0 +1,124 @@
+"""Ways to read beyond the training length, by the name they have on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mamba_jax.long_context.calibration import Calibration
+from mamba_jax.long_context.delta_scaling import scale_delta
+from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba
+from mamba_jax.models.language_model import LanguageModel
+from train.errors import UsageError, UserError
+from train.settings import did_you_mean, group_name
+
+_THRESHOLDS = {"Mamba1": 1e-30, "Mamba2": 5e-2}
+"""Decay above which a channel is global, by mixer, as LongMamba has them; of several in a model, the lowest."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting:
+    """What methods may need to know beside the model."""
+
+    training_length: int
+    calibration: Calibration | None
+    decay_threshold: float | None = None
+    """LongMamba's; None takes the paper's for the kind of layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    extend: Callable[[LanguageModel, Setting, int], LanguageModel]
+    """Takes the model, and the length of the sequence, answer included."""
+    needs_calibration: bool = False
+    in_chunks: bool = True
+    """Whether a prompt may be read a part at a time."""
+
+
+def _longmamba(**changes) -> Method:
+    def extend(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
+        if length <= setting.calibration.training_length:
+            return model  # nothing is left out of so short a sequence
+        return _apply(model, setting, length=length, **changes)
+
+    return Method(extend, needs_calibration=True)
+
+
+def _apply(model: LanguageModel, setting: Setting, **changes) -> LanguageModel:
+    threshold = setting.decay_threshold or min(_THRESHOLDS[name] for name in _mixers(model) if name in _THRESHOLDS)
+    return apply_longmamba(model, setting.calibration, LongMambaConfig(**{"decay_threshold": threshold, **changes}))
+
+
+def _mixers(model: LanguageModel) -> list[str]:
+    return [group_name(type(model.config.layers[letter])) for letter in model.config.pattern]
+
+
+def _decimamba(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
+    if length <= setting.training_length:
+        return model
+    from mamba_jax.long_context.decimamba import DeciMambaConfig, apply_decimamba
+
+    return apply_decimamba(model, DeciMambaConfig())
+
+
+def _scaled(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
+    return model if length <= setting.training_length else scale_delta(model, setting.training_length / length)
+
+
+METHODS = {
+    "vanilla": Method(lambda model, setting, length: model),
+    "longmamba": _longmamba(),
+    "longmamba_streaming": Method(lambda model, setting, length: _apply(model, setting), needs_calibration=True),
+    "decimamba": Method(_decimamba, in_chunks=False),
+    "scaled": Method(_scaled),
+    "local": _longmamba(channels="local"),
+    "random": _longmamba(channels="random"),
+    "layers_4": _longmamba(layers=4),
+    "layers_8": _longmamba(layers=8),
+    **{f"threshold_{th:.0e}": _longmamba(decay_threshold=th) for th in (1e-20, 1e-25, 1e-30, 1e-35, 1e-40)},
+}
+
+
+def check_names(names: Sequence[str]) -> list[str]:
+    """The names without repetitions. Raises UsageError for one that no method has."""
+    if not names:
+        raise UsageError("--methods names none: give some of " + ", ".join(METHODS) + ".")
+    for name in names:
+        if name not in METHODS:
+            hint = did_you_mean(name, METHODS)
+            raise UsageError(f"--methods {name}: no method has this name.{hint} There are {', '.join(METHODS)}.")
+    return list(dict.fromkeys(names))
+
+
+def load_calibration(
+    path: Path | None, names: Sequence[str], model: LanguageModel, checkpoint: Path
+) -> Calibration | None:
+    """The calibration, where there is one.
+
+    Raises:
+        UsageError: a method needs one, and none was given.
+        UserError: the file cannot be read, or is of another model.
+    """
+    make = f"Make it with: mamba-jax calibrate --checkpoint {checkpoint} --out calibration.npz"
+    needing = [name for name in names if METHODS[name].needs_calibration]
+    if path is None:
+        if needing:
+            raise UsageError(f"the methods {', '.join(needing)} need --calibration FILE. {make}")
+        return None
+    try:
+        calibration = Calibration.load(path)
+        calibration.require_model(model)
+    except FileNotFoundError:
+        raise UserError(f"--calibration {path}: there is no such file. {make}") from None
+    except ValueError as error:
+        raise UserError(f"--calibration {path}: {error} {make}") from None
+    return calibration
+
+
+def extended(name: str, model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
+    """The model that a method makes for a length. Raises UserError where it cannot be applied to this model."""
+    try:
+        return METHODS[name].extend(model, setting, length)
+    except ValueError as error:
+        raise UserError(f"the method {name} cannot be used on this model: {error}") from None
