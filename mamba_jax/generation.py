@@ -16,8 +16,7 @@ from mamba_jax import sharding
 from mamba_jax.mixers.base import Leaf
 from mamba_jax.models.language_model import LanguageModel
 
-
-Prompt = Sequence[int] | Integer[np.ndarray, " tokens"]
+Prompt = Sequence[int] | Integer[np.ndarray, " _"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +136,8 @@ def prefill_prompts(
     tokens, segment_ids = _left_padded(prompts, longest, model.config.vocab_size)
     # A change between documents that falls between two chunks is one that no chunk can see.
     begins = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-    logits, state = None, model.init_state(len(prompts))
+    logits: Any = None
+    state = model.init_state(len(prompts))
     for first in range(0, longest, chunk_size):
         chunk = np.s_[:, first : first + chunk_size]
         logits, state = continue_prefill(

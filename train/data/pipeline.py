@@ -33,6 +33,8 @@ from train.tasks.training import TaskRows
 
 Batch = dict[str, np.ndarray]
 
+_TEXT = TaskConfig(name="text")
+
 _ENDLESS = 1 << 52
 """Examples of an endless run; grain counts batches in floating point, where this is still exact."""
 
@@ -51,7 +53,7 @@ def train_batches(
     tokens: Tokens,
     *,
     seed: int,
-    task: TaskConfig = TaskConfig(),
+    task: TaskConfig = _TEXT,
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainBatches:
@@ -99,7 +101,7 @@ def held_out_batches(
     data: DataConfig,
     tokens: Tokens,
     *,
-    task: TaskConfig = TaskConfig(),
+    task: TaskConfig = _TEXT,
     seed: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -150,9 +152,9 @@ class TrainBatches(grain.DatasetIterator[Batch]):
             UserError: the state was taken over other data, with another seed or with another batch shape.
         """
         differences = [
-            f"{name} was {state.get(name)!r} and is {now!r}"
-            for name, now in self._identity.items()
-            if state.get(name) != now
+            f"{name} was {state.get(name)!r} and is {self._identity.get(name)!r}"
+            for name in dict.fromkeys([*self._identity, *state])
+            if name != "position" and state.get(name) != self._identity.get(name)
         ]
         if differences:
             raise UserError(

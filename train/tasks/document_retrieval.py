@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -40,6 +40,7 @@ class Passage:
     text: Int32[np.ndarray, " passage"]
 
 
+@runtime_checkable
 class Passages(Protocol):
     """Where documents come from."""
 
@@ -127,7 +128,7 @@ class DocumentRetrieval:
                 return example
             shortest = example.length
         raise UserError(
-            f"a document retrieval of {length} tokens is too short: one document takes {shortest}. Ask for a longer one."
+            f"a document retrieval of {length} tokens is too short: one document takes {shortest}. Ask for more."
         )
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -26,6 +26,7 @@ class Example:
         return len(self.prompt) + len(self.answer)
 
 
+@runtime_checkable
 class TrainingTask(Protocol):
     """A task that a model can be trained on: examples that a seed and an index decide, and nothing else."""
 

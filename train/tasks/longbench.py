@@ -29,8 +29,8 @@ EXAMPLES_A_CELL = 8
 
 _OF_AN_ARTICLE = (
     "as concisely as you can, using a single phrase or sentence if possible. If the question cannot be answered based "
-    'on the information in the article, write "unanswerable". If the question is a yes/no question, answer "yes", "no", '
-    'or "unanswerable". Do not provide any explanation.\n\n'
+    'on the information in the article, write "unanswerable". If the question is a yes/no question, answer "yes", '
+    '"no", or "unanswerable". Do not provide any explanation.\n\n'
 )
 _OF_PASSAGES = (
     "Answer the question based on the given passages. Only give me the answer and do not output any other words.\n\n"

@@ -11,10 +11,7 @@ from mamba_jax.long_context.delta_scaling import scale_delta
 from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba
 from mamba_jax.models.language_model import LanguageModel
 from train.errors import UsageError, UserError
-from train.settings import did_you_mean, group_name
-
-_THRESHOLDS = {"Mamba1": 1e-30, "Mamba2": 5e-2}
-"""Decay above which a channel is global, by mixer, as LongMamba has them; of several in a model, the lowest."""
+from train.settings import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,8 +20,9 @@ class Setting:
 
     training_length: int
     calibration: Calibration | None
+    """Needed by some methods; ``load_calibration`` makes sure of it."""
     decay_threshold: float | None = None
-    """LongMamba's; None takes the paper's for the kind of layer."""
+    """LongMamba's; None takes that of ``LongMambaConfig``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +36,7 @@ class Method:
 
 def _longmamba(**changes) -> Method:
     def extend(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
+        assert setting.calibration is not None
         if length <= setting.calibration.training_length:
             return model  # nothing is left out of so short a sequence
         return _apply(model, setting, length=length, **changes)
@@ -46,12 +45,9 @@ def _longmamba(**changes) -> Method:
 
 
 def _apply(model: LanguageModel, setting: Setting, **changes) -> LanguageModel:
-    threshold = setting.decay_threshold or min(_THRESHOLDS[name] for name in _mixers(model) if name in _THRESHOLDS)
-    return apply_longmamba(model, setting.calibration, LongMambaConfig(**{"decay_threshold": threshold, **changes}))
-
-
-def _mixers(model: LanguageModel) -> list[str]:
-    return [group_name(type(model.config.layers[letter])) for letter in model.config.pattern]
+    threshold = {} if setting.decay_threshold is None else {"decay_threshold": setting.decay_threshold}
+    assert setting.calibration is not None
+    return apply_longmamba(model, setting.calibration, LongMambaConfig(**{**threshold, **changes}))
 
 
 def _decimamba(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
@@ -59,7 +55,9 @@ def _decimamba(model: LanguageModel, setting: Setting, length: int) -> LanguageM
         return model
     from mamba_jax.long_context.decimamba import DeciMambaConfig, apply_decimamba
 
-    return apply_decimamba(model, DeciMambaConfig())
+    # As the paper decimates for passkeys: in the middle layer, to the training length.
+    config = DeciMambaConfig(layers=(model.config.num_layers // 2,), base_length=setting.training_length)
+    return apply_decimamba(model, config)
 
 
 def _scaled(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:

@@ -24,13 +24,16 @@ from train.tasks.cell import Cell
 from train.tasks.summary import Row, mapped, pooled
 from train.tasks.text import Text
 
+Found = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+"""Keys, with the method, and results."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     cells: Sequence[Cell]
     identity: Mapping[str, Any]
     """What decides the cells beside the checkpoint and their keys."""
-    report: Callable[[Path, list[tuple[Mapping[str, Any], Mapping[str, Any]]]], dict[str, list[Row]]]
+    report: Callable[[Path, Found], dict[str, list[Row]]]
     """Draws keys and results into a folder, and puts them together: tables of rows by name, the first to be printed."""
 
 
@@ -53,7 +56,7 @@ def _passkey(options: argparse.Namespace, trained: Trained) -> Plan:
     task = passkey.Passkey(_text(options, trained), options.seed)
     tries = options.tries or 20
 
-    def report(folder: Path, results) -> dict[str, list[Row]]:
+    def report(folder: Path, results: Found) -> dict[str, list[Row]]:
         by_cell = pooled(results, ("method", "length", "depth"))
         by_length = pooled(results, ("method", "length"))
         title = f"Passkey retrieval, {tries} tries a cell"
@@ -85,7 +88,7 @@ def _document_retrieval(options: argparse.Namespace, trained: Trained) -> Plan:
     task = document_retrieval.DocumentRetrieval(passages, options.seed)
     tries = options.tries or 100
 
-    def report(folder: Path, results) -> dict[str, list[Row]]:
+    def report(folder: Path, results: Found) -> dict[str, list[Row]]:
         rows = pooled(results, ("method", "documents"))
         plot.plot_curves(
             folder / "document_retrieval.png",
@@ -106,7 +109,7 @@ def _perplexity_by_length(options: argparse.Namespace, trained: Trained) -> Plan
     text = _text(options, trained)
     lengths, windows = options.lengths or _doublings(trained.training_length, 7), options.tries or 20
 
-    def report(folder: Path, results) -> dict[str, list[Row]]:
+    def report(folder: Path, results: Found) -> dict[str, list[Row]]:
         rows = mapped(pooled(results, ("method", "length")), lambda loss: math.exp(min(loss, 700.0)))
         plot.plot_curves(
             folder / "perplexity_by_length.png",
@@ -140,7 +143,7 @@ def _longbench(options: argparse.Namespace, trained: Trained) -> Plan:
         cells += longbench.cells(questions, name, trained.tokenizer)
         digests[name] = longbench.digest(options.data, name)
 
-    def report(folder: Path, results) -> dict[str, list[Row]]:
+    def report(folder: Path, results: Found) -> dict[str, list[Row]]:
         rows = pooled(results, ("method", "dataset"))
         plot.plot_bars(
             folder / "longbench.png",
@@ -160,7 +163,7 @@ def _prefill_scaling(options: argparse.Namespace, trained: Trained) -> Plan:
         raise UsageError("--task prefill_scaling reads one prompt: give one length, such as --lengths 1M.")
     length, text = lengths[0], _text(options, trained)
 
-    def report(folder: Path, results) -> dict[str, list[Row]]:
+    def report(folder: Path, results: Found) -> dict[str, list[Row]]:
         title = f"Reading {plot.short(length)} tokens, {plot.short(options.chunk)} at a time"
         plot.plot_growth(folder / "prefill_scaling.png", title, {key["method"]: result for key, result in results})
         return {"by_method": [_growth(key, result) for key, result in results]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def plot_heat_maps(png: Path, title: str, rows: Sequence[Row], *, training_lengt
     figure = _figure(size)
     figure.suptitle(title)
     panels = figure.subplots(-(-len(methods) // columns), columns, squeeze=False, sharex=True, sharey=True)
-    image = None
+    image: Any = None
     for axes, method in zip(panels.flat, methods, strict=False):
         values = np.full((len(depths), len(lengths)), np.nan)
         for row in rows:
@@ -70,7 +71,7 @@ def plot_curves(
     x: str,
     x_label: str,
     y_label: str,
-    training_x: float | None = None,
+    training_x: int | None = None,
     percent: bool = False,
     log_y: bool = False,
 ) -> None:
@@ -110,7 +111,7 @@ def plot_curves(
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row[x] for row in rows}))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(float(value))))
     axes.xaxis.set_minor_locator(NullLocator())
     if log_y:
         axes.set_yscale("log", base=2)
@@ -169,7 +170,7 @@ def plot_growth(png: Path, title: str, series: Mapping[str, Mapping]) -> None:
     _save(figure, png)
 
 
-def short(count: float) -> str:
+def short(count: int | float) -> str:
     """A number of tokens as people write it: 128K for 131,072."""
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
         if count >= size and count % (size // 4) == 0:
@@ -186,7 +187,7 @@ def _label(axes, title: str, x_label: str, y_label: str) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _figure(size: tuple[float, float]):
+def _figure(size: tuple[int | float, int | float]):
     # Imported here because it takes longer than all else this package imports.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

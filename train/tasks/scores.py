@@ -31,7 +31,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
     A sentence of the reference counts the words of its longest common subsequences with the sentences of the
     prediction, and no word counts twice in the summary: precision and recall are shares of different words. Upstream
-    scores 0 where two sentences have about a thousand words together, the depth of Python's stack; here there is no limit.
+    scores 0 where two sentences have a thousand words together, which is as deep as it can go; here nothing is.
     """
     said, expected = _sentences(prediction), _sentences(reference)
     if not said or not expected:
