@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,11 +31,11 @@ def plot_heat_maps(png: Path, title: str, rows: Sequence[Row], *, training_lengt
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lengths = sorted({row["length"] for row in rows})
     depths = sorted({row["depth"] for row in rows})
-    columns = min(3, len(methods))
+    columns = min(4, math.ceil(len(methods) ** 0.5))
     size = (columns * (0.52 * len(lengths) + 1.4) + 1, -(-len(methods) // columns) * (0.42 * len(depths) + 1.3) + 0.6)
     figure = _figure(size)
     figure.suptitle(title)
-    panels = figure.subplots(-(-len(methods) // columns), columns, squeeze=False, sharex=True, sharey=True)
+    panels = figure.subplots(-(-len(methods) // columns), columns, squeeze=False, sharey=True)
     image: Any = None
     for axes, method in zip(panels.flat, methods, strict=False):
         values = np.full((len(depths), len(lengths)), np.nan)
@@ -50,12 +51,12 @@ def plot_heat_maps(png: Path, title: str, rows: Sequence[Row], *, training_lengt
         if 0 < trained < len(lengths):
             axes.axvline(trained - 0.5, color="#D55E00", linewidth=2)
         axes.set_title(method, fontsize=10)
-        axes.set_xticks(range(len(lengths)), [short(length) for length in lengths], rotation=45)
+        is_lowest = methods.index(method) + columns >= len(methods)
+        axes.set_xticks(range(len(lengths)), [short(length) if is_lowest else "" for length in lengths], rotation=45)
+        axes.set_xlabel("tokens" if is_lowest else "")
         axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     for axes in panels[:, 0]:
         axes.set_ylabel("depth of the key")
-    for axes in panels[-1]:
-        axes.set_xlabel("tokens")
     for axes in list(panels.flat)[len(methods) :]:
         axes.set_visible(False)
     bar = figure.colorbar(image, ax=panels, shrink=0.8, label="found, %", ticks=[0, 0.25, 0.5, 0.75, 1])
@@ -75,7 +76,7 @@ def plot_curves(
     percent: bool = False,
     log_y: bool = False,
 ) -> None:
-    """Draws values over lengths or numbers, on a logarithmic axis, with their intervals as bands.
+    """Draws values over lengths or numbers, on a logarithmic axis, with their intervals, side by side.
 
     Args:
         png: file to write.
@@ -86,23 +87,26 @@ def plot_curves(
         y_label: what the values are.
         training_x: where to mark what the model was trained on.
         percent: values are shares, drawn in percent from 0 to 100.
-        log_y: draw values on a logarithmic axis.
+        log_y: draw values on a logarithmic axis where they differ by more than a factor.
     """
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     scale = 100 if percent else 1
     figure = _figure((8, 4.8))
     axes = figure.add_subplot()
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for i, method in enumerate(methods):
         points = sorted((row for row in rows if row["method"] == method), key=lambda row: row[x])
-        xs = [row[x] for row in points]
-        value, low, high = ([scale * row[name] for row in points] for name in ("value", "low", "high"))
-        color = _COLORS[i % len(_COLORS)]
-        axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(
+        # Beside each other, so that no interval hides another.
+        xs = [row[x] * 2 ** (0.035 * (i - (len(methods) - 1) / 2)) for row in points]
+        value, low, high = (np.array([scale * row[name] for row in points]) for name in ("value", "low", "high"))
+        axes.errorbar(
             xs,
             value,
-            color=color,
+            yerr=np.maximum([value - low, high - value], 0.0),
+            color=_COLORS[i % len(_COLORS)],
+            elinewidth=1,
+            capsize=2,
             marker=_MARKERS[i % len(_MARKERS)],
             linestyle=_LINES[i // len(_COLORS) % len(_LINES)],
             markersize=5,
@@ -113,9 +117,11 @@ def plot_curves(
     axes.set_xticks(sorted({row[x] for row in rows}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(float(value))))
     axes.xaxis.set_minor_locator(NullLocator())
-    if log_y:
-        axes.set_yscale("log", base=2)
+    if log_y and max(row["value"] for row in rows) > 3 * min(row["value"] for row in rows):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     if percent:
         axes.set_ylim(-4, 104)
     if training_x is not None:
@@ -154,19 +160,27 @@ def plot_bars(png: Path, title: str, rows: Sequence[Row], *, group: str, y_label
 
 def plot_growth(png: Path, title: str, series: Mapping[str, Mapping]) -> None:
     """Draws time and memory over position, from results of ``prefill_scaling`` by method."""
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
+
     figure = _figure((11, 4.2))
     figure.suptitle(title)
     time_axes, memory_axes = figure.subplots(1, 2)
+    longest = max(result["positions"][-1] for result in series.values())
+    for axes in (time_axes, memory_axes):
+        axes.set_xlim(0, 1.02 * longest)
+        axes.xaxis.set_major_locator(MultipleLocator(longest / 8))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda position, _: short(float(position))))
     for i, (method, result) in enumerate(series.items()):
         style = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 3}
-        positions = [position / 1024 for position in result["positions"]]
+        positions = result["positions"]
         r2 = straightness(result["positions"], result["seconds"])
         time_axes.plot(positions, result["seconds"], label=f"{method} (line: R² = {r2:.5f})", **style)
         memory_axes.plot(positions, [size / 2**30 for size in result["bytes"]], label=method, **style)
     memory_axes.set_ylim(0, 1.5 * max(max(result["bytes"]) for result in series.values()) / 2**30)
     of = next(iter(series.values()))["memory_of"]
-    _label(time_axes, "time", "thousand (1,024) tokens read", "seconds since the first")
-    _label(memory_axes, f"memory of {of}", "thousand (1,024) tokens read", "GiB")
+    time_axes.set_ylim(bottom=0)
+    _label(time_axes, "time", "tokens read", "seconds")
+    _label(memory_axes, f"memory of {of}", "tokens read", "GiB")
     _save(figure, png)
 
 
