@@ -31,6 +31,7 @@ from train.tasks.reading import Reading
 from train.tasks.results import Results, write_json
 from train.tasks.summary import Row
 from train.tasks.text import Text
+from train.workdir import EVALUATIONS
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -47,7 +48,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     calibration = load_calibration(options.calibration, methods, model, options.checkpoint)
     setting = Setting(data.sequence_length, calibration, options.decay_threshold)
 
-    folder = options.output or checkpoint.folder.parent / "evaluations" / options.task
+    folder = options.output or checkpoint.folder.parent / EVALUATIONS / options.task
     identity = {"task": options.task, "checkpoint": fingerprint(model)[:16], "seed": options.seed, **plan.identity}
     results = Results(folder, identity, overwrite=options.overwrite)
     calibrated = _digest(options.calibration), options.decay_threshold
