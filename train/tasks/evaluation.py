@@ -57,6 +57,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         for method in methods
         for cell in plan.cells
     ]
+    for method in methods:  # before hours are spent on the others
+        extended(method, model, setting, max(cell.length for cell in plan.cells))
     pending = [(method, cell, key) for method, cell, key in keyed if results.get(key) is None]
     if len(pending) < len(keyed):
         print(f"{len(keyed) - len(pending)} of {len(keyed)} cells are known already", file=sys.stderr)
