@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
+import itertools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from flax import nnx
 from jax.errors import JaxRuntimeError
 
 from mamba_jax.long_context.calibration import fingerprint
+from mamba_jax.models.language_model import LanguageModel
 from train.checkpoint import load_for_inference
 from train.data import pipeline
 from train.data.tokenizer import tokenizer_from_description
@@ -28,12 +30,21 @@ from train.tasks.intervals import CONFIDENCE
 from train.tasks.methods import METHODS, Setting, check_names, extended, load_calibration
 from train.tasks.plans import TASKS, Trained
 from train.tasks.reading import Reading
-from train.tasks.results import Results, write_json
+from train.tasks.results import Key, Results, write_json
 from train.tasks.summary import Row
 from train.tasks.text import Text
 from train.workdir import EVALUATIONS
 
 _SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A cell with the method it is measured by, and the key its result is kept under."""
+
+    method: str
+    cell: Cell
+    key: Key
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -47,28 +58,19 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     step, model = checkpoint.restore(jax.eval_shape(lambda: checkpoint.experiment.model.build(nnx.Rngs(0))))
     calibration = load_calibration(options.calibration, methods, model, options.checkpoint)
     setting = Setting(data.sequence_length, calibration, options.decay_threshold)
+    for method in methods:  # found out before hours are spent on the others
+        extended(method, model, setting, max(cell.length for cell in plan.cells))
 
     folder = options.output or checkpoint.folder.parent / EVALUATIONS / options.task
     identity = {"task": options.task, "checkpoint": fingerprint(model)[:16], "seed": options.seed, **plan.identity}
     results = Results(folder, identity, overwrite=options.overwrite)
-    calibrated = _digest(options.calibration), options.decay_threshold
-    keyed = [
-        (method, cell, {"method": method, **cell.key} | _calibrated(method, calibrated))
-        for method in methods
-        for cell in plan.cells
-    ]
-    for method in methods:  # before hours are spent on the others
-        extended(method, model, setting, max(cell.length for cell in plan.cells))
-    pending = [(method, cell, key) for method, cell, key in keyed if results.get(key) is None]
-    if len(pending) < len(keyed):
-        print(f"{len(keyed) - len(pending)} of {len(keyed)} cells are known already", file=sys.stderr)
-    with _progress(options.task, sum(cell.tokens for _, cell, _ in pending)) as done:
-        for method, cell, key in pending:
-            reading = Reading(options.chunk if METHODS[method].in_chunks else None, options.tokens_at_a_time)
-            result = _measured(cell, extended(method, model, setting, cell.length), reading)
-            results.add(key, result)
-            done(f"{method} {_named(cell)}: {_said(result)}", cell.tokens)
-    found = [({"method": method, **cell.key}, results.get(key) or {}) for method, cell, key in keyed]
+    asked = [_Asked(method, cell, _key(method, cell, options)) for method in methods for cell in plan.cells]
+    pending = [one for one in asked if results.get(one.key) is None]
+    if len(pending) < len(asked):
+        print(f"{len(asked) - len(pending)} of {len(asked)} cells are known already", file=sys.stderr)
+    _measure(pending, model, setting, results, options)
+
+    found = [({"method": one.method, **one.cell.key}, results.get(one.key) or {}) for one in asked]
     tables = plan.report(folder, found)
     written = {"identity": identity, "step": step, "confidence": CONFIDENCE, "device": jax.devices()[0].device_kind}
     write_json(folder / f"{options.task}.json", written | tables)
@@ -77,7 +79,21 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     return written | tables
 
 
-def _measured(cell: Cell, model, reading: Reading) -> Result:
+def _measure(
+    pending: Sequence[_Asked], model: LanguageModel, setting: Setting, results: Results, options: argparse.Namespace
+) -> None:
+    """Measures cells in their order and keeps each result, extending the model once for each method and length."""
+    with _progress(options.task, sum(one.cell.tokens for one in pending)) as done:
+        for (method, length), group in itertools.groupby(pending, lambda one: (one.method, one.cell.length)):
+            reader = extended(method, model, setting, length)
+            reading = Reading(options.chunk if METHODS[method].in_chunks else None, options.tokens_at_a_time)
+            for one in group:
+                result = _measured(one.cell, reader, reading)
+                results.add(one.key, result)
+                done(f"{method} {_named(one.cell)}: {_said(result)}", one.cell.tokens)
+
+
+def _measured(cell: Cell, model: LanguageModel, reading: Reading) -> Result:
     try:
         return cell.measure(model, reading)
     except JaxRuntimeError as error:
@@ -89,14 +105,13 @@ def _measured(cell: Cell, model, reading: Reading) -> Result:
         ) from error
 
 
-def _calibrated(method: str, calibrated: tuple[str | None, float | None]) -> dict[str, Any]:
-    """What a cell's key adds for a method that depends on a calibration."""
-    digest, threshold = calibrated
-    return {"calibration": digest, "decay_threshold": threshold} if METHODS[method].needs_calibration else {}
-
-
-def _digest(path: Path | None) -> str | None:
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def _key(method: str, cell: Cell, options: argparse.Namespace) -> Key:
+    """The cell's key with the method, and what decides the result of a method that is calibrated."""
+    key = {"method": method, **cell.key}
+    if METHODS[method].needs_calibration:
+        digest = hashlib.sha256(options.calibration.read_bytes()).hexdigest()[:16]
+        key |= {"calibration": digest, "decay_threshold": options.decay_threshold}
+    return key
 
 
 def _named(cell: Cell) -> str:

@@ -119,4 +119,6 @@ def extended(name: str, model: LanguageModel, setting: Setting, length: int) -> 
     try:
         return METHODS[name].extend(model, setting, length)
     except ValueError as error:
-        raise UserError(f"the method {name} cannot be used on this model: {error} Or leave it out of --methods.") from None
+        raise UserError(
+            f"the method {name} cannot be used on this model: {error} Or leave it out of --methods."
+        ) from None

@@ -57,7 +57,10 @@ def memory_of(device: Any) -> Memory:
 
 
 def _measure(text: Text, length: int, chunk: int, model: LanguageModel, reading: Reading) -> Result:
-    del reading  # one prompt, in chunks of the size asked for
+    if reading.chunk is None:
+        raise UsageError(
+            "--task prefill_scaling reads in chunks: leave out methods that see prompts whole (decimamba)."
+        )
     device = jax.devices()[0]
     memory = memory_of(device)
     tokens = text.read(0, length // chunk * chunk)[None]

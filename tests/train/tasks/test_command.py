@@ -98,14 +98,15 @@ def test_a_rerun_measures_only_what_is_new(run, tmp_path, monkeypatch):
 
 def test_every_method_is_asked_the_same(run, tmp_path, monkeypatch):
     asked: dict[str, list[bytes]] = {}
+    current: list[str] = []
 
     def extended(name, model, setting, length):
-        asked[name] = []
+        current[:] = [name]
         return model
 
     def answers(model, examples, tokenizer, reading, *, max_new_tokens):
-        name = list(asked)[-1]
-        asked[name] += [example.prompt.tobytes() for example in examples]
+        (name,) = current
+        asked[name] = [example.prompt.tobytes() for example in examples]
         assert reading.chunk == (None if name == "decimamba" else 1 << 14)
         return [""] * len(examples)
 
@@ -165,6 +166,7 @@ def test_a_long_prompt_is_read_in_chunks_with_time_and_memory_by_position(run, t
         (["--task", "longbench", "--data", "nowhere"], 1, "Put LongBench's hotpotqa.jsonl there"),
         (["--task", "prefill_scaling", "--lengths", "1K,2K"], 2, "give one length"),
         (["--task", "prefill_scaling", "--lengths", "1K"], 2, "two chunks of --chunk 16384"),
+        (["--task", "passkey", "--methods", "longmamba", "--decay_threshold", "2"], 2, "need --calibration FILE"),
     ],
 )
 def test_mistakes_are_named_with_the_way_out(run, options, status, message):
