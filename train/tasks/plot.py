@@ -92,13 +92,13 @@ def plot_curves(
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     scale = 100 if percent else 1
-    figure = _figure((8, 4.8))
+    figure = _figure((9, 4.8))
     axes = figure.add_subplot()
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for i, method in enumerate(methods):
         points = sorted((row for row in rows if row["method"] == method), key=lambda row: row[x])
         # Beside each other, so that no interval hides another.
-        xs = [row[x] * 2 ** (0.035 * (i - (len(methods) - 1) / 2)) for row in points]
+        xs = [row[x] * 2 ** (min(0.035, 0.3 / len(methods)) * (i - (len(methods) - 1) / 2)) for row in points]
         value, low, high = (np.array([scale * row[name] for row in points]) for name in ("value", "low", "high"))
         axes.errorbar(
             xs,
@@ -130,12 +130,15 @@ def plot_curves(
             "trained at",
             (training_x, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(4, -12),
+            xytext=(0, 2),
             textcoords="offset points",
+            ha="center",
             fontsize=8,
             color="#444444",
         )
     _label(axes, title, x_label, y_label)
+    axes.title.set_y(1.04)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     _save(figure, png)
 
 
@@ -155,6 +158,8 @@ def plot_bars(png: Path, title: str, rows: Sequence[Row], *, group: str, y_label
         axes.bar(places, heights, 0.92 * width, yerr=errors, color=color, alpha=0.8, capsize=2, label=method)
     axes.set_xticks(range(len(groups)), groups)
     _label(axes, title, "", y_label)
+    axes.grid(visible=False, axis="x")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     _save(figure, png)
 
 
@@ -181,6 +186,8 @@ def plot_growth(png: Path, title: str, series: Mapping[str, Mapping]) -> None:
     time_axes.set_ylim(bottom=0)
     _label(time_axes, "time", "tokens read", "seconds")
     _label(memory_axes, f"memory of {of}", "tokens read", "GiB")
+    for axes in (time_axes, memory_axes):
+        axes.legend(frameon=False, fontsize=8)
     _save(figure, png)
 
 
@@ -198,7 +205,6 @@ def _label(axes, title: str, x_label: str, y_label: str) -> None:
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
 
 
 def _figure(size: tuple[int | float, int | float]):
