@@ -19,6 +19,8 @@ class Example:
     """What should follow, without the separator behind it."""
     expected: str
     """What the answer has to say, for the task's metric."""
+    foretold: slice = slice(0, 0)
+    """Part of the prompt that the prompt before it decides, as an answer is decided: training counts it as one."""
 
     @property
     def length(self) -> int:

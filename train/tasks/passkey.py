@@ -20,6 +20,7 @@ from train.tasks.text import Text
 
 INTRODUCTION = "There is an important pass key hidden inside a lot of irrelevant text. Find it and memorize it:\n"
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
+_FIRST_MENTION, _BOTH_MENTIONS = "The pass key is {key}. Remember it.", "The pass key is {key}. Remember it. {key}"
 QUESTION = "\nAnswer: "
 
 
@@ -68,7 +69,10 @@ class Passkey:
         text = self.text.read(int(random.integers(self.text.size)), fill)
         before = round(depth * fill)
         prompt = np.concatenate([opening, text[:before], needle, text[before:], question])
-        return Example(prompt, answer, expected=key)
+        second_mention = slice(
+            *(len(opening) + before + len(encode(part.format(key=key))) for part in (_FIRST_MENTION, _BOTH_MENTIONS))
+        )
+        return Example(prompt, answer, expected=key, foretold=second_mention)
 
 
 def cells(passkey: Passkey, *, lengths: Sequence[int], depths: Sequence[float], tries: int) -> list[Cell]:

@@ -1,7 +1,8 @@
 """Rows of a task's examples to train on, where ``train.data.pipeline`` otherwise takes the text as it is.
 
 A row may hold several examples, which do not see each other: as many as there are of the drawn length, which is that of
-the row or of a half, a quarter, … of it. Short ones come along because a model learns what to do on them first.
+the row or of a half, a quarter, … of it. Short ones come along because a model learns what to do on them first: in a
+curriculum the shortest come alone, and longer ones join them step by step.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class TaskRows:
         self._seed = seed
         self._length = data.sequence_length
         self._count = count
+        self._is_training = is_training
         self._context_weight = config.context_weight if is_training else 0.0
+        self._curriculum_rows = config.curriculum_steps * data.global_batch_size if is_training else 0
         shortest = (config.shortest_length if is_training else None) or self._length
         self._most_examples = self._length // shortest
         self._task.training_example(0, self._length >> (self._most_examples.bit_length() - 1))
@@ -63,7 +66,7 @@ class TaskRows:
         if index >= self._count:
             return self._padding(self._length, 0)
         random = np.random.default_rng([self._seed, index, 0])
-        examples = 1 << int(random.integers(self._most_examples.bit_length()))
+        examples = 1 << int(random.integers(self._fewest_doublings(index), self._most_examples.bit_length()))
         parts = [
             self._part(self._task.training_example(index * self._most_examples + i, self._length // examples), i)
             for i in range(examples)
@@ -73,11 +76,19 @@ class TaskRows:
         padding = self._padding(left, examples)
         return {name: np.concatenate([values, padding[name]]) for name, values in row.items()}
 
+    def _fewest_doublings(self, index: int) -> int:
+        """How short the examples of a row are at least, in halvings of the row: in a curriculum fewer and fewer."""
+        lengths = self._most_examples.bit_length()
+        grown = lengths if index >= self._curriculum_rows else index * lengths // self._curriculum_rows + 1
+        return lengths - grown
+
     def _part(self, example: Example, segment: int) -> dict[str, np.ndarray]:
         tokens = np.concatenate([example.prompt, example.answer])
         weights = np.full(len(tokens), self._context_weight, np.float32)
-        # The last token of the prompt is the one that the answer's first is predicted from.
+        # Each token is predicted from the one before it.
         weights[len(example.prompt) - 1 :] = 1.0
+        if self._is_training and (foretold := example.foretold).stop:
+            weights[foretold.start - 1 : foretold.stop - 1] = 1.0
         return {
             "tokens": tokens,
             "targets": np.append(tokens[1:], np.int32(self._separator_id)),
