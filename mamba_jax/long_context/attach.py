@@ -48,3 +48,14 @@ def without_extenders(model: LanguageModel) -> LanguageModel:
 def selective_places(model: LanguageModel) -> list[int]:
     """Places of the pattern whose layers have a delta."""
     return [place for place, block in enumerate(model.blocks) if isinstance(block.mixer, SelectiveMixer)]
+
+
+def require_layers_that_can_freeze(model: LanguageModel) -> None:
+    """Raises a ValueError if the scan of a layer gives every token a step size above 0, whatever an extender says."""
+    for place in selective_places(model):
+        floor = model.blocks[place].mixer.delta_floor
+        if floor > 0:
+            raise ValueError(
+                f"layer {place} of the pattern {model.config.pattern!r} steps its state by at least {floor} at each "
+                "token (delta_limit_min), so none can be left out: use a model whose limit is 0."
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class Selection:
     delta: Leaf
     """Step sizes after extender, bias and softplus, (batch, length, channels) in float32."""
     A: Leaf
-    """State matrix, (channels, state), or (channels,) where it is the same number for the whole state."""
+    """Decay rates, (channels, state), or (channels,) where one rate is that of the whole state."""
     B: Leaf
     """Input matrix, (batch, length, state) or (batch, length, groups, state)."""
     C: Leaf
@@ -67,9 +67,17 @@ class SelectiveMixer(Mixer, Protocol):
 
     extender: Extender | None
     """Changes delta before the scan; None leaves it as trained."""
+    delta_floor: float
+    """Least step size that the scan takes, whatever the extender says. Above 0, no token can be left out."""
 
-    def selection(self, x: Float[Array, "batch length width"]) -> Selection:
-        """What the scan sees when ``__call__`` is given ``x`` as the start of a sequence."""
+    def selection(
+        self,
+        x: Float[Array, "batch length width"],
+        *,
+        state: Any = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> Selection:
+        """What the scan sees when ``__call__`` is given the same. A state has a field ``position``, that of ``extend``."""
         ...
 
 
@@ -98,6 +106,13 @@ def extend(
     batch_size, length, _ = delta.shape
     positions = document_positions(batch_size, length, position, segment_ids)
     return extender(delta, bias, positions), positions[:, -1]
+
+
+def init_position(extender: Extender | None, batch_size: int) -> Int[Array, " batch"] | None:
+    """Position before the first token, as ``extend`` takes it and a mixer's ``init_state`` keeps it."""
+    if extender is None:
+        return None
+    return sharding.reshard(jnp.zeros((batch_size,), jnp.int32), (sharding.BATCH,))
 
 
 def document_positions(

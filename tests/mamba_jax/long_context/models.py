@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mamba_jax.mixers.mamba1 import Mamba1Config
+from mamba_jax.mixers.mamba2 import Mamba2Config
 from mamba_jax.models.language_model import LanguageModel, LanguageModelConfig
 
 VOCAB_SIZE = 40
@@ -19,7 +20,7 @@ def language_model(seed: int = 0, pattern: str = "M", repeats: int = 2, **layers
         width=12,
         pattern=pattern,
         repeats=repeats,
-        layers={"M": Mamba1Config(state_size=3), **layers},
+        layers={"M": Mamba1Config(state_size=3), "2": Mamba2Config(state_size=3, head_dim=2, groups=2), **layers},
         compute_dtype="float32",
     )
     model = config.build(nnx.Rngs(seed))
