@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from mamba_jax.long_context.attach import selective_places, without_extenders
 from mamba_jax.long_context.diagnostics import log_decay
@@ -137,7 +137,7 @@ def length_ratios() -> Float[np.ndarray, " lengths"]:
 
 def calibrate(
     model: LanguageModel,
-    sequences: Int[Array | np.ndarray, "batch length"],
+    sequences: Integer[Array | np.ndarray, "batch length"],
     *,
     clamp: float | None = None,
     source: str | None = None,
@@ -189,19 +189,24 @@ def calibrate(
 
 
 def sample_sequences(
-    tokens: Int[np.ndarray, " tokens"], *, length: int, count: int = 10, seed: int = 0
-) -> Int[np.ndarray, "count length"]:
-    """Draws calibration sequences from a stream of tokens; the seed decides which.
+    tokens: Integer[np.ndarray, " tokens"], *, length: int, count: int = 10, seed: int = 0
+) -> Integer[np.ndarray, "count length"]:
+    """Draws calibration sequences from a stream of tokens; arguments and errors are those of ``sample_starts``."""
+    starts = sample_starts(len(tokens), length=length, count=count, seed=seed)
+    return np.stack([tokens[start : start + length] for start in starts])
+
+
+def sample_starts(tokens: int, *, length: int, count: int = 10, seed: int = 0) -> list[int]:
+    """Draws where calibration sequences begin in a stream of this many tokens; the seed decides.
 
     Raises:
         ValueError: the stream is shorter than a sequence, or the count or length below 1.
     """
     if count < 1 or length < 1:
         raise ValueError(f"count = {count} and length = {length} cannot be used: at least 1 each.")
-    if len(tokens) < length:
-        raise ValueError(f"{len(tokens)} tokens are too few for sequences of length {length}: give at least as many.")
-    starts = np.random.default_rng(seed).integers(len(tokens) - length + 1, size=count)
-    return np.stack([tokens[start : start + length] for start in starts])
+    if tokens < length:
+        raise ValueError(f"{tokens} tokens are too few for sequences of length {length}: give at least as many.")
+    return np.random.default_rng(seed).integers(tokens - length + 1, size=count).tolist()
 
 
 def thresholds(

@@ -179,6 +179,16 @@ class LanguageModel(nnx.Module):
 
         return jax.lax.scan(repeat, self._embed(tokens), tuple(self.blocks))[1]
 
+    def mixer_and_input(self, tokens: Int[Array, "batch length"], layer: int) -> tuple[Any, Any]:
+        """The mixer of one layer, counted from the bottom, and the sequence it sees; runs the layers below it."""
+        repeat, place = divmod(layer, len(self.config.pattern))
+        below = jax.tree.map(lambda stacked: stacked[:repeat], tuple(self.blocks))
+        x, _ = self._repeat_blocks(self._embed(tokens), below, (None,) * len(below), None)
+        blocks = jax.tree.map(lambda stacked: stacked[repeat], tuple(self.blocks))
+        for block in blocks[:place]:
+            x, _ = block(x, state=None, segment_ids=None)
+        return blocks[place].mixer, blocks[place].normalise(x)
+
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocabulary"]:
         """Scores of every token of the vocabulary, float32."""
         weight = self.output_weight()
