@@ -92,7 +92,7 @@ def _figures(
     yield "figure_07_receptive_field", fields, figures.receptive_fields(fields)
 
     slowest = np.argsort(layers.log10_decay[layer])[::-1][:4]
-    decay = measurements.extended_decay(model, calibration, tokens, layer, slowest, doublings)
+    decay = measurements.extended_decay(model, calibration, tokens, layers, layer, slowest, doublings)
     yield "figure_08_decay_with_longmamba", decay, figures.extended_decay(decay)
 
     for number, shown in zip(range(9, 15), _spread(list(layers.is_global), 6), strict=False):
@@ -148,7 +148,7 @@ def _spread(items: list[int], count: int) -> list[int]:
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
 
 
-def _arrays(numbers: Any) -> dict[str, np.ndarray]:
+def _arrays(numbers: Any) -> dict[str, Any]:
     """Fields of a dataclass by name; of a field that has a value a layer, ``NAME_LAYER``."""
     arrays: dict[str, Any] = {}
     for field in dataclasses.fields(numbers):

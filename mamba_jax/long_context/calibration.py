@@ -7,6 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class LayerStatistics:
     """
 
     log_decay: Float[np.ndarray, "repeats channels"]
-    """Natural logarithm of what a training sequence leaves of the state before it (eq. 14), averaged over sequences."""
+    """Natural logarithm of what a training sequence leaves of the state before it (eq. 14), mean over sequences."""
     thresholds: Float[np.ndarray, "repeats lengths channels"]
     """g(S) of eq. 18: the steps above it, in S tokens, sum to what all steps of L tokens do. 0 leaves none out."""
     count_thresholds: Float[np.ndarray, "repeats lengths channels"]
@@ -46,7 +47,7 @@ class LayerStatistics:
     count_scales: Float[np.ndarray, "repeats lengths channels"]
     """What the steps above ``count_thresholds`` are to be multiplied by, for their mean to be that of all steps."""
     longest_ratio: Float[np.ndarray, "repeats channels"]
-    """S/L up to which the sample tells thresholds apart: beyond, its largest steps alone are more than L/S of the sum."""
+    """S/L up to which the sample tells thresholds apart: at the next, its largest steps alone exceed L/S."""
     decay_rates: int
     """Decay rates of a channel's state: its size in Mamba-1, 1 in the heads of Mamba-2."""
 
@@ -72,7 +73,7 @@ class Calibration:
         """Writes one .npz file: the arrays, and a JSON header that says what they are and of which checkpoint."""
         header = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "places"}
         header |= {"format": _FORMAT, "places": sorted(self.places)}
-        arrays = {
+        arrays: dict[str, Any] = {
             f"{field.name}_{place}": np.asarray(getattr(layers, field.name))
             for place, layers in self.places.items()
             for field in dataclasses.fields(layers)
@@ -98,7 +99,9 @@ class Calibration:
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise ValueError(f"{os.fspath(path)} is no calibration file: make one with 'mamba-jax calibrate'.") from error
+            raise ValueError(
+                f"{os.fspath(path)} is no calibration file: make one with 'mamba-jax calibrate'."
+            ) from error
         if not is_ours:
             raise ValueError(f"{os.fspath(path)} is of another version than {_FORMAT!r}: calibrate again.")
         return Calibration(places={place: _layers(arrays, place) for place in header.pop("places")}, **header)
@@ -277,7 +280,7 @@ def _decay_rates(model: LanguageModel, place: int) -> int:
 def _statistics(selection: Selection, clamp: float | None):
     """Fields of LayerStatistics that are arrays, without the repeats."""
     delta = selection.delta
-    batch_size, _, channels = delta.shape
+    channels = delta.shape[-1]
     if clamp is None:
         clamp = PUBLISHED_CLAMP if selection.A.ndim == 1 else 0.0
     if clamp > 0:
@@ -291,5 +294,8 @@ def _statistics(selection: Selection, clamp: float | None):
 
 
 def _layers(arrays: dict[str, np.ndarray], place: int) -> LayerStatistics:
-    fields = {field.name: arrays[f"{field.name}_{place}"] for field in dataclasses.fields(LayerStatistics)}
-    return LayerStatistics(**fields | {"decay_rates": int(fields["decay_rates"])})
+    fields: dict[str, Any] = {
+        field.name: arrays[f"{field.name}_{place}"] for field in dataclasses.fields(LayerStatistics)
+    }
+    fields["decay_rates"] = int(fields["decay_rates"])
+    return LayerStatistics(**fields)

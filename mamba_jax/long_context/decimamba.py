@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from mamba_jax.long_context.attach import require_layers_that_can_freeze, selective_places
+from mamba_jax.long_context.attach import require_layers_that_can_freeze, selective_mixers
 from mamba_jax.mixers.selective import FROZEN
-from mamba_jax.models.language_model import Block, LanguageModel
+from mamba_jax.models.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +59,18 @@ def apply_decimamba(model: LanguageModel, config: DeciMambaConfig = DeciMambaCon
     pattern = model.config.pattern
     if config.layers[-1] >= model.config.num_layers:
         raise ValueError(
-            f"DeciMamba.layers = {config.layers} cannot be used: the model's layers are 0 to {model.config.num_layers - 1}."
+            f"DeciMamba.layers = {config.layers} cannot be used: the model's layers are 0 to "
+            f"{model.config.num_layers - 1}."
         )
-    places = selective_places(model)
-    without_delta = [layer for layer in config.layers if layer % len(pattern) not in places]
+    mixers = selective_mixers(model)
+    without_delta = [layer for layer in config.layers if layer % len(pattern) not in mixers]
     if without_delta:
         raise ValueError(
             f"layer {without_delta[0]} of a model of pattern {pattern!r} has no delta to choose tokens by: "
-            f"choose among the places {places} of the pattern."
+            f"choose among the places {list(mixers)} of the pattern."
         )
     require_layers_that_can_freeze(model)
-    if any(model.blocks[place].mixer.extender is not None for place in places):
+    if any(mixer.extender is not None for mixer in mixers.values()):
         raise ValueError(
             "the model has extenders, which count the tokens of the whole text, but layers above one that leaves out "
             "tokens do not see it: take them out first (without_extenders)."
@@ -107,12 +108,14 @@ class DecimatedLanguageModel(LanguageModel):
         left: list[tuple[Array, Array]] = []
         new_states = []
         for repeats, decimates in self._runs(tokens.shape[1]):
-            blocks, states_of_run = jax.tree.map(lambda stacked, run=repeats: stacked[run], (tuple(self.blocks), states))
+            blocks, states_of_run = jax.tree.map(
+                lambda stacked, run=repeats: stacked[run], (tuple(self.blocks), states)
+            )
             if not decimates:
                 x, run_states = self._repeat_blocks(x, blocks, states_of_run, segment_ids)
             else:
                 x, run_states, segment_ids, left_here = self._decimate(
-                    repeats.start, x, *_unstacked(blocks, states_of_run), segment_ids
+                    repeats.start, x, blocks, states_of_run, segment_ids
                 )
                 left += left_here
             new_states.append(run_states)
@@ -144,7 +147,8 @@ class DecimatedLanguageModel(LanguageModel):
     def _decimate(self, repeat: int, x, blocks, states, segment_ids):
         """One repeat of the pattern, layer by layer; also what it made of tokens before it left some out."""
         left, new_states = [], []
-        for place, (block, state) in enumerate(zip(blocks, states, strict=True)):
+        for place, stacked in enumerate(zip(blocks, states, strict=True)):
+            block, state = jax.tree.map(lambda leaf: leaf[0], stacked)
             count = self.decimation.kept(repeat * len(self.config.pattern) + place, x.shape[1])
             if count == x.shape[1]:
                 x, state = block(x, state=state, segment_ids=segment_ids)
@@ -169,8 +173,8 @@ class _OnlyKept(nnx.Module):
         return jnp.where(self.kept[..., None], delta, jnp.asarray(FROZEN, delta.dtype))
 
 
-def _kept_tokens(block: Block, x, state, segment_ids, count: int, keep_last: int) -> Int[Array, "batch kept"]:
-    """Places, ascending, of the ``count`` tokens with the largest norm of delta over the channels, and the last ones."""
+def _kept_tokens(block, x, state, segment_ids, count: int, keep_last: int) -> Int[Array, "batch kept"]:
+    """Places, ascending, of ``count`` tokens: the last ones, and those with the largest norm of delta over channels."""
     delta = block.mixer.selection(block.normalise(x), state=state, segment_ids=segment_ids).delta
     importance = jnp.sum(jnp.square(delta), axis=-1)
     if segment_ids is not None:
@@ -179,7 +183,7 @@ def _kept_tokens(block: Block, x, state, segment_ids, count: int, keep_last: int
     return jnp.sort(jax.lax.top_k(importance, count)[1], axis=1)
 
 
-def _read_only(block: Block, kept, x, state, segment_ids):
+def _read_only(block, kept, x, state, segment_ids):
     """The block, with all tokens reading its state and only the kept ones writing to it.
 
     For them it is the same as to scan them alone, behind the convolution of all tokens.
@@ -199,8 +203,3 @@ def _put_back(
     rows: Float[Array, "batch length width"], places: Int[Array, "batch kept"], values: Float[Array, "batch kept width"]
 ) -> Float[Array, "batch length width"]:
     return jax.vmap(lambda row, places, values: row.at[places].set(values))(rows, places, values)
-
-
-def _unstacked(blocks, states):
-    """Blocks and states of a run of one repeat, without the dimension of the repeats."""
-    return jax.tree.map(lambda leaf: leaf[0], (blocks, states))

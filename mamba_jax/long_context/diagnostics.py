@@ -141,7 +141,7 @@ def frozen_share(delta: Float[Array, "length channels"]) -> Float[Array, " chann
 
 
 def state_norms(selection: Selection, every: int) -> Float[Array, "batch samples channels"]:
-    """Euclidean norm of each channel's state after ``every``, 2 ``every``, … tokens; of a head's, over its channels too.
+    """Euclidean norm of each channel's, or each head's, state after ``every``, 2 ``every``, … tokens.
 
     Args:
         selection: what a layer's scan sees; tokens after the last multiple of ``every`` are not looked at.

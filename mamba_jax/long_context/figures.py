@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
@@ -27,6 +29,8 @@ from mamba_jax.long_context.measurements import (
 _GLOBAL, _LOCAL = "#D55E00", "#0072B2"
 _SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINE_STYLES = ("-", "--", "-.", ":")
+_OPAQUE = {"framealpha": 0.9, "edgecolor": "none"}
+"""Legends that may lie on curves."""
 _ATTENTION_DECADES = 8
 """Powers of ten below the largest weight that a map shows."""
 
@@ -34,25 +38,24 @@ _ATTENTION_DECADES = 8
 def attention_maps(maps: AttentionMaps, *, columns: int, title: str) -> Figure:
     """Figures 1, 15 and 16: a map a channel, ``columns`` to a row, in the order of ``maps``."""
     rows = -(-len(maps.channel) // columns)
-    figure = _figure(1.9 * columns + 1.1, 2.15 * rows + 0.7, title)
+    figure = _figure(1.9 * columns + 1.1, 2.15 * rows + 0.5, title)
     grid = figure.subplots(rows, columns, squeeze=False)
-    image = None
+    scale = ScalarMappable(Normalize(-_ATTENTION_DECADES, 0), "cividis")
     for axes, i in zip(grid.flat, range(len(maps.channel)), strict=False):
         # Smaller weights have the darkest colour; what is above the diagonal has none.
         weights = np.maximum(maps.log10_attention[i], -_ATTENTION_DECADES)
         pixels = len(weights)
-        image = axes.imshow(
+        axes.imshow(
             np.where(np.tril(np.ones_like(weights, bool)), weights, np.nan),
-            cmap="cividis",
-            vmin=-_ATTENTION_DECADES,
-            vmax=0,
+            cmap=scale.cmap,
+            norm=scale.norm,
             extent=(0, maps.length, maps.length, 0),
             interpolation="nearest" if pixels >= 100 else "none",
         )
-        _draw_receptive_field(axes, maps.length, maps.receptive_field[i])
-        kind = "global" if maps.is_global[i] else "local"
+        _draw_receptive_field(axes, maps.length, float(maps.receptive_field[i]))
         axes.set_title(
-            f"layer {maps.layer[i]}, id {maps.channel[i]}\n{kind}, ERF {maps.receptive_field[i]:,.0f}",
+            f"layer {maps.layer[i]}, id {maps.channel[i]}\n"
+            f"{_kind(maps.is_global[i])}, ERF {maps.receptive_field[i]:,.0f}",
             fontsize=8,
             color=_GLOBAL if maps.is_global[i] else _LOCAL,
         )
@@ -64,7 +67,7 @@ def attention_maps(maps: AttentionMaps, *, columns: int, title: str) -> Figure:
         axes.set_axis_off()
     figure.supxlabel("input token j", fontsize=9)
     figure.supylabel("output token i", fontsize=9)
-    colorbar = figure.colorbar(image, ax=grid, shrink=min(1.0, 3 / (2.15 * rows)) if rows > 2 else 0.8, pad=0.01)
+    colorbar = figure.colorbar(scale, ax=grid, shrink=min(1.0, 3 / (2.15 * rows)) if rows > 2 else 0.8, pad=0.01)
     colorbar.set_label("log10 |α(i, j)| / largest", fontsize=8)
     colorbar.ax.tick_params(labelsize=7)
     return figure
@@ -77,15 +80,15 @@ def receptive_fields(fields: ReceptiveFields) -> Figure:
     for channel, is_global, field, style in zip(
         fields.channel, fields.is_global, fields.receptive_field, _styles(fields.is_global), strict=True
     ):
-        axes.plot(fields.length, field, style, color=_GLOBAL if is_global else _LOCAL, marker="o", markersize=3.5)
-        axes.plot([], [], style, color=_GLOBAL if is_global else _LOCAL, label=f"channel {channel} ({_kind(is_global)})")
+        color, label = _GLOBAL if is_global else _LOCAL, f"channel {channel} ({_kind(is_global)})"
+        axes.plot(fields.length, field, style, color=color, label=label, marker="o", markersize=3.5)
     axes.plot(fields.length, fields.length / 2, ":", color="0.6", label="sees all alike (length / 2)")
     _mark_training_length(axes, fields.training_length)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=10)
     _label(axes, "sequence length (tokens)", "effective receptive field (tokens)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_OPAQUE, fontsize=8)
     return figure
 
 
@@ -102,7 +105,7 @@ def decay_curves(curves: DecayCurves) -> Figure:
     counts = int(np.sum(curves.is_global)), int(np.sum(~curves.is_global))
     handles = [Line2D([], [], color=_GLOBAL), Line2D([], [], color=_LOCAL), *_reference_handles()]
     labels = [f"global ({counts[0]})", f"local ({counts[1]})", "training length", "Th"]
-    axes.legend(handles, labels, frameon=False, fontsize=8)
+    axes.legend(handles, labels, **_OPAQUE, fontsize=8)
     return figure
 
 
@@ -114,7 +117,7 @@ def extended_decay(decay: ExtendedDecay) -> Figure:
         2.9 * columns, 2.7 * rows + 0.9, f"Cumulative decay with and without LongMamba's g(S), layer {decay.layer}"
     )
     grid = figure.subplots(rows, columns, squeeze=False)
-    for panel, (axes, length) in enumerate(zip(grid.flat, decay.length, strict=False)):
+    for panel, (axes, length) in enumerate(zip(grid.flat, decay.length.tolist(), strict=False)):
         for i in range(len(decay.channel)):
             color = _SERIES[i % len(_SERIES)]
             axes.plot(decay.position[panel], decay.log10_original[panel, i], "-", color=color, linewidth=1.3)
@@ -126,11 +129,13 @@ def extended_decay(decay: ExtendedDecay) -> Figure:
         _token_axis(axes.xaxis, length)
     for axes in grid.flat[len(decay.length) :]:
         axes.set_axis_off()
-    figure.supxlabel("tokens read", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens read", fontsize=9)
     figure.supylabel("log10 of what is left of the first state", fontsize=9)
     handles = [Line2D([], [], color=_SERIES[i % len(_SERIES)], linewidth=3) for i in range(len(decay.channel))]
     handles += [Line2D([], [], color="0.3", linestyle=style) for style in ("-", "--")]
-    labels = [*(f"channel {channel}" for channel in decay.channel), "original", "LongMamba"]
+    channels = zip(decay.channel, decay.is_global, strict=True)
+    labels = [*(f"channel {channel} ({_kind(is_global)})" for channel, is_global in channels), "original", "LongMamba"]
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return figure
 
@@ -144,7 +149,7 @@ def census(layers: Layers) -> Figure:
     axes.barh(numbers, global_share, color=_GLOBAL, label="global")
     axes.barh(numbers, 100 - global_share, left=global_share, color=_LOCAL, label="local")
     for number, mask in zip(numbers, layers.is_global.values(), strict=True):
-        axes.text(101, number, f"{mask.sum():,} of {mask.size:,}", va="center", fontsize=7)
+        axes.text(101, float(number), f"{mask.sum():,} of {mask.size:,}", va="center", fontsize=7)
     axes.set_yticks(numbers, [str(layer) for layer in layers.is_global], fontsize=8)
     axes.set_xlim(0, 100)
     axes.invert_yaxis()
@@ -251,7 +256,7 @@ def _styles(is_global: np.ndarray) -> list[str]:
     return styles
 
 
-def _kind(is_global: bool) -> str:
+def _kind(is_global: bool | np.bool_) -> str:
     return "global" if is_global else "local"
 
 

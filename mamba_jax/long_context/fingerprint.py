@@ -14,10 +14,10 @@ from mamba_jax.models.language_model import LanguageModel
 
 
 def fingerprint(model: LanguageModel) -> str:
-    """Names a model's parameters by their names, shapes, dtypes and values, 64 hexadecimal digits. Extenders do not count.
+    """Names a model's parameters by names, shapes, dtypes and values, in 64 hexadecimal digits.
 
-    Equal on every mesh and on every host of one, and computed where the parameters are: only two numbers of each array
-    come to the host.
+    Extenders do not count. Equal on every mesh and on every host of one, and computed where the parameters are: only
+    two numbers of each array come to the host.
     """
     leaves = jax.tree.leaves_with_path(without_extenders(model))
     digest = hashlib.sha256()

@@ -42,8 +42,9 @@ class Layers:
         return np.concatenate([_spread(np.flatnonzero(mask), count) for mask, count in kinds])
 
 
-def layers_of(model: LanguageModel, calibration: Calibration, config: LongMambaConfig = LongMambaConfig()) -> Layers:
-    """Tells global channels from local ones."""
+def layers_of(model: LanguageModel, calibration: Calibration, threshold: float | None = None) -> Layers:
+    """Tells global channels from local ones, by ``LongMambaConfig.decay_threshold``."""
+    config = LongMambaConfig(decay_threshold=threshold)
     per_repeat = len(model.config.pattern)
     numbered = {
         repeat * per_repeat + place: (place, repeat)
@@ -188,6 +189,8 @@ class ExtendedDecay:
     training_length: int
     layer: int
     channel: Int[np.ndarray, " channels"]
+    is_global: Bool[np.ndarray, " channels"]
+    """Local channels are not extended."""
     length: Int[np.ndarray, " panels"]
     position: Int[np.ndarray, "panels points"]
     log10_original: Float[np.ndarray, "panels channels points"]
@@ -198,6 +201,7 @@ def extended_decay(
     model: LanguageModel,
     calibration: Calibration,
     tokens: Int[Array, "1 length"],
+    layers: Layers,
     layer: int,
     channels: Int[np.ndarray, " c"],
     lengths: Sequence[int],
@@ -210,7 +214,14 @@ def extended_decay(
         panels.append((position, original, _decay(extended, tokens[:, :length], layer, channels, min(lengths))[1]))
     position, original, extended = (np.stack(part) for part in zip(*panels, strict=True))
     return ExtendedDecay(
-        calibration.training_length, layer, channels, np.array(lengths), position, original, extended
+        layers.training_length,
+        layer,
+        channels,
+        layers.is_global[layer][channels],
+        np.array(lengths),
+        position,
+        original,
+        extended,
     )
 
 

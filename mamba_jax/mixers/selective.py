@@ -77,7 +77,7 @@ class SelectiveMixer(Mixer, Protocol):
         state: Any = None,
         segment_ids: Int[Array, "batch length"] | None = None,
     ) -> Selection:
-        """What the scan sees when ``__call__`` is given the same. A state has a field ``position``, that of ``extend``."""
+        """What the scan sees when ``__call__`` is given the same. Its states have the ``position`` of ``extend``."""
         ...
 
 

@@ -93,9 +93,7 @@ def test_tokens_that_are_left_out_go_no_further(model):
 
 def test_sequences_no_longer_than_is_kept_are_read_as_by_the_model(model):
     sequence, config = tokens(2, 2, LENGTH), DeciMambaConfig(layers=(1, 2), base_length=LENGTH, beta=1.0)
-    (logits, state), (expected, expected_state) = (
-        read(m, sequence) for m in (apply_decimamba(model, config), model)
-    )
+    (logits, state), (expected, expected_state) = (read(m, sequence) for m in (apply_decimamba(model, config), model))
     np.testing.assert_array_equal(logits, expected)
     for actual, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(expected_state), strict=True):
         np.testing.assert_array_equal(actual, wanted)

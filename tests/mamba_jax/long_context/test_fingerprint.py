@@ -69,5 +69,5 @@ def test_a_calibration_fits_only_its_own_model(model):
     calibration = calibrate(model, tokens(0, 1, 8))
     calibration.require_model(model)
     calibration.require_model(scale_delta(model, 0.5))
-    with pytest.raises(ValueError, match="the calibration is of checkpoint [0-9a-f]{12}, but the model is"):
+    with pytest.raises(ValueError, match=r"the calibration is of checkpoint [0-9a-f]{12}, but the model is"):
         calibration.require_model(language_model(pattern="M2", repeats=1, seed=1))
