@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
+from mamba_jax import sharding
 from mamba_jax.long_context.attach import selective_places, without_extenders
 from mamba_jax.long_context.diagnostics import log_decay
 from mamba_jax.long_context.fingerprint import fingerprint
@@ -279,13 +280,14 @@ def _decay_rates(model: LanguageModel, place: int) -> int:
 
 def _statistics(selection: Selection, clamp: float | None):
     """Fields of LayerStatistics that are arrays, without the repeats."""
-    delta = selection.delta
+    # Few numbers: brought together on a mesh, to be sorted and looked up in without exchanges.
+    delta, A = (sharding.reshard(array, (None,) * array.ndim) for array in (selection.delta, selection.A))
     channels = delta.shape[-1]
     if clamp is None:
-        clamp = PUBLISHED_CLAMP if selection.A.ndim == 1 else 0.0
+        clamp = PUBLISHED_CLAMP if A.ndim == 1 else 0.0
     if clamp > 0:
         delta = jnp.minimum(delta, jnp.quantile(delta.reshape(-1, channels), 1 - clamp, axis=0))
-    decay = jnp.mean(jnp.sum(log_decay(delta, selection.A), axis=1), axis=0)
+    decay = jnp.mean(jnp.sum(log_decay(delta, A), axis=1), axis=0)
     samples = delta.reshape(-1, channels)
     largest = jnp.max(samples, axis=0)
     longest_ratio = jnp.sum(samples, axis=0) / jnp.sum(jnp.where(samples == largest, samples, 0), axis=0)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from mamba_jax import sharding
 from mamba_jax.long_context.attach import require_layers_that_can_freeze, selective_mixers
 from mamba_jax.mixers.selective import FROZEN
 from mamba_jax.models.language_model import LanguageModel
@@ -176,7 +177,7 @@ class _OnlyKept(nnx.Module):
 def _kept_tokens(block, x, state, segment_ids, count: int, keep_last: int) -> Int[Array, "batch kept"]:
     """Places, ascending, of ``count`` tokens: the last ones, and those with the largest norm of delta over channels."""
     delta = block.mixer.selection(block.normalise(x), state=state, segment_ids=segment_ids).delta
-    importance = jnp.sum(jnp.square(delta), axis=-1)
+    importance = sharding.reshard(jnp.sum(jnp.square(delta), axis=-1), (sharding.BATCH, None))
     if segment_ids is not None:
         importance = jnp.where(segment_ids == segment_ids[:, -1:], importance, -1.0)
     importance = importance.at[:, -keep_last:].set(jnp.inf)

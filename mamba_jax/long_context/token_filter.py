@@ -47,17 +47,26 @@ class TokenFilter(nnx.Module):
     ) -> Float[Array, "batch length channels"]:
         spec = sharding.spec_of(delta)
         # Integers, made here: as an array of the module they would be parameters to whoever takes gradients.
-        span = jnp.sum(position[..., None] > np.array(self.last_positions, np.int32), axis=-1)
-        if not self.last_positions:
+        last_positions = np.array(self.last_positions, np.int32)
+        if len(last_positions):
+            span = jnp.searchsorted(last_positions, position, method="scan_unrolled")
+        else:
             span, spec = jnp.zeros((1, 1), int), (None, None, spec[-1])
 
         def of_span(table):
-            return table.at[span].get(out_sharding=sharding.out_sharding(*spec))
+            return table.at[span].get(mode="promise_in_bounds", out_sharding=sharding.out_sharding(*spec))
 
-        raw = delta + bias
-        kept = delta
-        if self.scales is not None:
-            scale = of_span(self.scales)
-            scaled = inverse_softplus(scale * jax.nn.softplus(raw)) - bias
-            kept = jnp.where(scale == 1, delta, scaled.astype(delta.dtype))
-        return jnp.where(raw <= of_span(self.thresholds), jnp.asarray(FROZEN, delta.dtype), kept)
+        # The bias is taken from a table of few rows rather than added to each token.
+        is_small = delta <= of_span(self.thresholds - bias)
+        kept = delta if self.scales is None else _scaled(delta, bias, of_span(self.scales))
+        return jnp.where(is_small, jnp.asarray(FROZEN, delta.dtype), kept)
+
+
+def _scaled(
+    delta: Float[Array, "batch length channels"],
+    bias: Float[Array, " channels"],
+    scale: Float[Array, "#batch #length channels"],
+) -> Float[Array, "batch length channels"]:
+    """What becomes ``scale`` times as large behind bias and softplus; unchanged, to the last bit, by a scale of 1."""
+    scaled = inverse_softplus(scale * jax.nn.softplus(delta + bias)) - bias
+    return jnp.where(scale == 1, delta, scaled.astype(delta.dtype))

@@ -1,10 +1,13 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from mamba_jax import sharding
 from mamba_jax.long_context.calibration import (
     Calibration,
     calibrate,
@@ -15,7 +18,7 @@ from mamba_jax.long_context.calibration import (
 )
 from mamba_jax.long_context.delta_scaling import scale_delta
 from mamba_jax.long_context.diagnostics import collect
-from tests.mamba_jax.long_context.models import TRAINING_LENGTH, language_model, tokens
+from tests.mamba_jax.long_context.models import TRAINING_LENGTH, built_on_mesh, language_model, mesh, tokens
 
 
 @pytest.fixture(scope="module", params=["M", "2"], ids=["mamba1", "mamba2"])
@@ -167,6 +170,17 @@ def test_the_clamp_is_what_was_published_unless_given(model, sequences, calibrat
 
 def test_the_same_model_and_tokens_give_the_same_calibration(model, sequences, calibration):
     assert_equal(calibrate(model, sequences, clamp=0.0, source="a text"), calibration)
+
+
+def test_a_sharded_model_is_calibrated_like_a_whole_one(model, sequences):
+    batch = sequences[:4]
+    expected = calibrate(built_on_mesh(model), batch)
+    with jax.set_mesh(mesh(data=2, tensor=2)):
+        actual = calibrate(built_on_mesh(model), jax.device_put(batch, P(sharding.BATCH, None)))
+    assert actual.checkpoint == expected.checkpoint
+    for field in dataclasses.fields(actual.places[0]):
+        values = (getattr(calibration.places[0], field.name) for calibration in (actual, expected))
+        np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6)
 
 
 def test_extenders_are_not_calibrated(model, sequences, calibration):

@@ -2,7 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from mamba_jax import sharding
 from mamba_jax.generation import Sampling, generate, prefill
 from mamba_jax.long_context.decimamba import DeciMambaConfig, apply_decimamba
 from mamba_jax.long_context.delta_scaling import scale_delta
@@ -11,7 +14,7 @@ from mamba_jax.mixers.mamba1 import Mamba1
 from mamba_jax.mixers.mamba2 import Mamba2Config
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.ssd import ssd
-from tests.mamba_jax.long_context.models import language_model, tokens
+from tests.mamba_jax.long_context.models import built_on_mesh, language_model, mesh, tokens
 
 LENGTH = 40
 CONFIG = DeciMambaConfig(layers=(1, 2), base_length=20, beta=0.5, min_length=4)
@@ -141,6 +144,15 @@ def test_the_last_tokens_always_stay(model):
     assert not np.allclose(kept[0, -9:], whole[0, -9:], atol=1e-3)  # they read a state that few have written to
 
 
+def test_a_sharded_batch_is_decimated_like_a_whole_one():
+    model, sequence = language_model(pattern="M2", repeats=2), tokens(7, 4, LENGTH)
+    expected, _ = read(apply_decimamba(built_on_mesh(model), CONFIG), sequence)
+    with jax.set_mesh(mesh(data=2, tensor=2)):
+        placed = jax.device_put(sequence, P(sharding.BATCH, None))
+        actual, _ = read(apply_decimamba(built_on_mesh(model), CONFIG), placed)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("layer", "length", "kept"),
     [(11, 9000, 9000), (12, 9000, 8000), (13, 9000, 6640), (20, 9000, 1801), (13, 5000, 5000), (12, 7, 7)],
@@ -178,6 +190,6 @@ def test_models_that_cannot_be_decimated_are_refused():
     floored = language_model(pattern="2", **{"2": Mamba2Config(state_size=3, head_dim=2, delta_limit_min=1e-3)})
     with pytest.raises(ValueError, match=r"steps its state by at least 0.001"):
         apply_decimamba(floored, DeciMambaConfig(layers=(1,)))
-    model.blocks[0].mixer = object.__new__(object)
+    model.blocks[0].mixer = nnx.Module()
     with pytest.raises(ValueError, match="layer 1 of a model of pattern 'M' has no delta to choose tokens by"):
         apply_decimamba(model, DeciMambaConfig(layers=(1,)))

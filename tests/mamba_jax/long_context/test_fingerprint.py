@@ -3,13 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 
-from mamba_jax import sharding
 from mamba_jax.long_context.calibration import calibrate
 from mamba_jax.long_context.delta_scaling import scale_delta
 from mamba_jax.long_context.fingerprint import _checksum, fingerprint
-from tests.mamba_jax.long_context.models import language_model, tokens
+from tests.mamba_jax.long_context.models import built_on_mesh, language_model, mesh, tokens
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +51,12 @@ def test_extenders_do_not_count(model):
     assert fingerprint(scale_delta(model, 0.5)) == fingerprint(model)
 
 
-def test_a_sharded_model_is_the_same_model():
-    config = language_model().config
-    expected = fingerprint(jax.jit(lambda: config.build(nnx.Rngs(0)))())
-    sizes = {"fsdp": 2, "tensor": 2}
-    shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
-    mesh = jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Explicit,) * len(shape))
-    with jax.set_mesh(mesh):
-        model = jax.jit(lambda: config.build(nnx.Rngs(0)))()
-        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(model))
-        assert fingerprint(model) == expected
+def test_a_sharded_model_is_the_same_model(model):
+    expected = fingerprint(built_on_mesh(model))
+    with jax.set_mesh(mesh(fsdp=2, tensor=2)):
+        sharded = built_on_mesh(model)
+        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(sharded))
+        assert fingerprint(sharded) == expected
 
 
 def test_a_calibration_fits_only_its_own_model(model):

@@ -8,6 +8,7 @@ from scipy.special import lambertw
 
 from mamba_jax.long_context.longmamba import _last_positions
 from mamba_jax.long_context.token_filter import TokenFilter
+from mamba_jax.mixers.selective import FROZEN
 
 TRAINING_LENGTH, CHANNELS = 512, 24
 RATIOS = 2.0 ** (np.arange(12 * 16 + 1) / 16)
@@ -71,11 +72,20 @@ def test_each_threshold_holds_from_its_length_to_the_next():
         np.testing.assert_array_equal(kept[:, 0] > 0, [g == 0, True])
 
 
-def test_what_is_kept_and_not_scaled_keeps_every_bit():
-    delta = jax.random.normal(jax.random.key(0), (1, 50, 3), jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_is_kept_and_not_scaled_keeps_every_bit(dtype):
+    delta = jax.random.normal(jax.random.key(0), (1, 200, 3), dtype)
     filter_ = TokenFilter(np.full((1, 3), 0.5), scales=np.array([[1.0, 1.0, 0.5]]))
-    out = filter_(delta, jnp.array([0.1, -0.2, 0.3]), jnp.ones((1, 50), jnp.int32))
-    assert out.dtype == jnp.bfloat16
+    out = filter_(delta, jnp.array([0.1, -0.2, 0.3]), jnp.ones((1, 200), jnp.int32))
+    assert out.dtype == dtype
     kept = np.asarray(out[..., :2] > -1e3)
     assert 0 < kept.mean() < 1
     np.testing.assert_array_equal(np.asarray(out[..., :2])[kept], np.asarray(delta[..., :2])[kept])
+
+
+def test_a_step_that_equals_the_threshold_is_left_out():
+    filter_ = TokenFilter(np.array([[0.3]]))
+    at = filter_.thresholds[0, 0]
+    raw = jnp.stack([at, jnp.nextafter(at, jnp.inf)])[None, :, None]
+    out = filter_(raw, jnp.zeros(1), jnp.ones((1, 2), jnp.int32))
+    np.testing.assert_array_equal(out[0, :, 0] == FROZEN, [True, False])

@@ -88,6 +88,24 @@ def test_without_an_extender_nothing_is_counted_or_changed():
     assert extend(None, delta, jnp.zeros(4)) == (delta, None)
 
 
+@pytest.mark.parametrize("length", [1, 2, 5, 40, 130])
+def test_positions_of_any_length_restart_where_documents_do(length):
+    starts = np.random.default_rng(length).random((3, length)) < 0.15
+    starts[:, 0] = False
+    expected = np.empty((3, length), int)
+    for row in range(3):
+        position = 4
+        for t in range(length):
+            position = 1 if starts[row, t] else position + 1
+            expected[row, t] = position
+    segment_ids, before = jnp.asarray(np.cumsum(starts, axis=1), jnp.int32), jnp.full((3,), 4, jnp.int32)
+    np.testing.assert_array_equal(document_positions(3, length, before, segment_ids), expected)
+    _, last = extend(
+        TokenFilter(np.ones((1, 2))), jnp.ones((3, length, 2)), jnp.zeros(2), position=before, segment_ids=segment_ids
+    )
+    np.testing.assert_array_equal(last, expected[:, -1])
+
+
 @pytest.mark.parametrize("before", [None, [0, 7]])
 def test_positions_count_the_tokens_of_each_document(before):
     segment_ids = np.random.default_rng(0).integers(0, 2, (2, 40)).cumsum(axis=1) // 5
