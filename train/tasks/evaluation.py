@@ -19,7 +19,7 @@ import rich.progress
 from flax import nnx
 from jax.errors import JaxRuntimeError
 
-from mamba_jax.long_context.calibration import fingerprint
+from mamba_jax.long_context.fingerprint import fingerprint
 from mamba_jax.models.language_model import LanguageModel
 from train.checkpoint import load_for_inference
 from train.data import pipeline
@@ -56,13 +56,14 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     trained = Trained(tokenizer, data.sequence_length, lambda: Text(pipeline.load(data).held_out))
     plan = TASKS[options.task].plan(options, trained)
     step, model = checkpoint.restore(jax.eval_shape(lambda: checkpoint.experiment.model.build(nnx.Rngs(0))))
-    calibration = load_calibration(options.calibration, methods, model, options.checkpoint)
+    calibration = load_calibration(options.calibration, methods, model, options.checkpoint, read=plan.read)
     setting = Setting(data.sequence_length, calibration, options.decay_threshold)
     for method in methods:  # found out before hours are spent on the others
         extended(method, model, setting, max(cell.length for cell in plan.cells))
 
     folder = options.output or checkpoint.folder.parent / EVALUATIONS / options.task
-    identity = {"task": options.task, "checkpoint": fingerprint(model)[:16], "seed": options.seed, **plan.identity}
+    identity = {"task": options.task, "checkpoint": fingerprint(model)[:16], "read": plan.read, "seed": options.seed}
+    identity |= plan.identity
     results = Results(folder, identity, overwrite=options.overwrite)
     asked = [_Asked(method, cell, _key(method, cell, options)) for method in methods for cell in plan.cells]
     pending = [one for one in asked if results.get(one.key) is None]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mamba_jax.long_context.calibration import Calibration
+from mamba_jax.long_context.decimamba import DeciMambaConfig, apply_decimamba
 from mamba_jax.long_context.delta_scaling import scale_delta
 from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba
 from mamba_jax.models.language_model import LanguageModel
@@ -53,8 +54,6 @@ def _apply(model: LanguageModel, setting: Setting, **changes) -> LanguageModel:
 def _decimamba(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
     if length <= setting.training_length:
         return model
-    from mamba_jax.long_context.decimamba import DeciMambaConfig, apply_decimamba
-
     # As the paper decimates for passkeys: in the middle layer, to the training length.
     config = DeciMambaConfig(layers=(model.config.num_layers // 2,), base_length=setting.training_length)
     return apply_decimamba(model, config)
@@ -90,13 +89,20 @@ def check_names(names: Sequence[str]) -> list[str]:
 
 
 def load_calibration(
-    path: Path | None, names: Sequence[str], model: LanguageModel, checkpoint: Path
+    path: Path | None, names: Sequence[str], model: LanguageModel, checkpoint: Path, *, read: str
 ) -> Calibration | None:
     """The calibration, where there is one.
 
+    Args:
+        path: file, if any.
+        names: methods that are to be used.
+        model: what they are to be used on.
+        checkpoint: where it is from.
+        read: names the text of the evaluation by its content.
+
     Raises:
         UsageError: a method needs one, and none was given.
-        UserError: the file cannot be read, or is of another model.
+        UserError: the file cannot be read, is of another model, or was made on the text of the evaluation.
     """
     make = f"Make it with: mamba-jax calibrate --checkpoint {checkpoint} --out calibration.npz"
     needing = [name for name in names if METHODS[name].needs_calibration]
@@ -107,6 +113,7 @@ def load_calibration(
     try:
         calibration = Calibration.load(path)
         calibration.require_model(model)
+        calibration.require_unseen(read)
     except FileNotFoundError:
         raise UserError(f"--calibration {path}: there is no such file. {make}") from None
     except ValueError as error:

@@ -31,8 +31,10 @@ Found = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 @dataclasses.dataclass(frozen=True)
 class Plan:
     cells: Sequence[Cell]
+    read: str
+    """Names what is read by its content: the text that no calibration may have seen."""
     identity: Mapping[str, Any]
-    """What decides the cells beside the checkpoint and their keys."""
+    """What decides the cells beside the checkpoint, the text and their keys."""
     report: Callable[[Path, Found], dict[str, list[Row]]]
     """Draws keys and results into a folder, and puts them together: tables of rows by name, the first to be printed."""
 
@@ -48,7 +50,7 @@ class Trained:
 
 
 def _text(options: argparse.Namespace, trained: Trained) -> Text:
-    # Never the training split: what calibration or training has seen is not evaluated on.
+    # Never the training split: what training or calibration has seen is not evaluated on.
     return Text.of_file(options.text, trained.tokenizer) if options.text else trained.held_out()
 
 
@@ -75,7 +77,8 @@ def _passkey(options: argparse.Namespace, trained: Trained) -> Plan:
 
     return Plan(
         passkey.cells(task, lengths=options.lengths or _doublings(1024, 8), depths=options.depths, tries=tries),
-        {"text": task.text.fingerprint, "tries": tries},
+        task.text.fingerprint,
+        {"tries": tries},
         report,
     )
 
@@ -102,7 +105,7 @@ def _document_retrieval(options: argparse.Namespace, trained: Trained) -> Plan:
         return {"by_documents": rows}
 
     cells = document_retrieval.cells(task, documents=options.documents, tries=tries)
-    return Plan(cells, {"documents": passages.fingerprint, "tries": tries}, report)
+    return Plan(cells, passages.fingerprint, {"tries": tries}, report)
 
 
 def _perplexity_by_length(options: argparse.Namespace, trained: Trained) -> Plan:
@@ -124,7 +127,7 @@ def _perplexity_by_length(options: argparse.Namespace, trained: Trained) -> Plan
         return {"by_length": rows}
 
     cells = perplexity_by_length.cells(text, lengths=lengths, windows=windows, seed=options.seed)
-    return Plan(cells, {"text": text.fingerprint, "windows": windows, "longest": max(lengths)}, report)
+    return Plan(cells, text.fingerprint, {"windows": windows, "longest": max(lengths)}, report)
 
 
 def _longbench(options: argparse.Namespace, trained: Trained) -> Plan:
@@ -135,13 +138,13 @@ def _longbench(options: argparse.Namespace, trained: Trained) -> Plan:
         if name not in longbench.DATASETS:
             hint = did_you_mean(name, longbench.DATASETS)
             raise UsageError(f"--datasets {name}: there are {', '.join(longbench.DATASETS)}.{hint}")
-    cells, digests = [], {}
+    cells, digests = [], []
     for name in names:
         questions = longbench.read_questions(
             options.data, name, trained.tokenizer, most_tokens=options.max_prompt, count=options.tries
         )
         cells += longbench.cells(questions, name, trained.tokenizer)
-        digests[name] = longbench.digest(options.data, name)
+        digests.append(f"{name}:{longbench.digest(options.data, name)}")
 
     def report(folder: Path, results: Found) -> dict[str, list[Row]]:
         rows = pooled(results, ("method", "dataset"))
@@ -154,7 +157,7 @@ def _longbench(options: argparse.Namespace, trained: Trained) -> Plan:
         )
         return {"by_dataset": rows}
 
-    return Plan(cells, {"data": digests, "max_prompt": options.max_prompt}, report)
+    return Plan(cells, " ".join(digests), {"max_prompt": options.max_prompt}, report)
 
 
 def _prefill_scaling(options: argparse.Namespace, trained: Trained) -> Plan:
@@ -168,7 +171,7 @@ def _prefill_scaling(options: argparse.Namespace, trained: Trained) -> Plan:
         plot.plot_growth(folder / "prefill_scaling.png", title, {key["method"]: result for key, result in results})
         return {"by_method": [_growth(key, result) for key, result in results]}
 
-    return Plan(prefill_scaling.cells(text, length=length, chunk=options.chunk), {"text": text.fingerprint}, report)
+    return Plan(prefill_scaling.cells(text, length=length, chunk=options.chunk), text.fingerprint, {}, report)
 
 
 def _growth(key: Mapping[str, Any], result: Mapping[str, Any]) -> Row:

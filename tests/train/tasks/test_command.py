@@ -13,6 +13,7 @@ from mamba_jax.long_context.calibration import calibrate
 from tests.train.tasks.conftest import TRAINING_LENGTH
 from train import cli
 from train.checkpoint import load_for_inference
+from train.data import pipeline
 from train.tasks import methods, names, plans
 from train.tasks.reading import Reading
 
@@ -40,7 +41,7 @@ def model(checkpoint):
 def calibration(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibration") / "calibration.npz"
     sequences = np.random.default_rng(0).integers(97, 123, size=(2, TRAINING_LENGTH))
-    calibrate(model, sequences).save(path)
+    calibrate(model, sequences, source="other text").save(path)
     return path
 
 
@@ -178,13 +179,21 @@ def test_mistakes_are_named_with_the_way_out(run, options, status, message):
 
 def test_a_calibration_of_another_model_is_refused(run, calibration, model, tmp_path):
     other = jax.tree.map(lambda leaf: leaf + 1, model)
-    calibrate(other, np.ones((1, 16), np.int32)).save(tmp_path / "other.npz")
+    calibrate(other, np.ones((1, 16), np.int32), source="other text").save(tmp_path / "other.npz")
     status, _, err = run("--task", "passkey", "--methods", "longmamba", "--calibration", tmp_path / "other.npz")
     assert status == 1
     assert "calibration is of checkpoint" in err
     (tmp_path / "broken.npz").write_text("nothing")
     status, _, err = run("--task", "passkey", "--methods", "longmamba", "--calibration", tmp_path / "broken.npz")
     assert (status, "is no calibration file" in err) == (1, True)
+
+
+def test_a_calibration_on_the_text_of_the_evaluation_is_refused(run, checkpoint, model, tmp_path):
+    held_out = pipeline.load(load_for_inference(checkpoint).experiment.data).held_out
+    for source, message in ((held_out.fingerprint, "the very text to evaluate on"), (None, "does not say what text")):
+        calibrate(model, np.ones((1, 16), np.int32), source=source).save(tmp_path / "seen.npz")
+        status, _, err = run("--task", "passkey", "--methods", "longmamba", "--calibration", tmp_path / "seen.npz")
+        assert (status, message in err) == (1, True), err
 
 
 def test_a_method_that_does_not_fit_the_model_says_so(run, calibration, tmp_path):
@@ -195,7 +204,9 @@ def test_a_method_that_does_not_fit_the_model_says_so(run, calibration, tmp_path
 
 
 def test_methods_without_effect_at_the_training_length_are_the_model(model, calibration):
-    setting = methods.Setting(TRAINING_LENGTH, methods.load_calibration(calibration, ["longmamba"], model, calibration))
+    setting = methods.Setting(
+        TRAINING_LENGTH, methods.load_calibration(calibration, ["longmamba"], model, calibration, read="a text")
+    )
     for name in ("vanilla", "longmamba", "scaled", "local", "decimamba"):
         assert methods.extended(name, model, setting, TRAINING_LENGTH) is model
 
@@ -217,7 +228,5 @@ def test_the_haystack_is_held_out(run, checkpoint, tmp_path, monkeypatch):
 
 
 def _held_out(checkpoint) -> list[str]:
-    from train.data import pipeline
-
     corpus = pipeline.load(load_for_inference(checkpoint).experiment.data)
     return [corpus.tokenizer.decode(ids) for ids in corpus.held_out.iter_documents()]
