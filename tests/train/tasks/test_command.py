@@ -183,6 +183,7 @@ def test_a_calibration_of_another_model_is_refused(run, calibration, model, tmp_
     status, _, err = run("--task", "passkey", "--methods", "longmamba", "--calibration", tmp_path / "other.npz")
     assert status == 1
     assert "calibration is of checkpoint" in err
+    assert "Make it with: mamba-jax calibrate" in err
     (tmp_path / "broken.npz").write_text("nothing")
     status, _, err = run("--task", "passkey", "--methods", "longmamba", "--calibration", tmp_path / "broken.npz")
     assert (status, "is no calibration file" in err) == (1, True)
