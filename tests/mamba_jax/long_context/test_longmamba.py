@@ -18,15 +18,10 @@ from tests.mamba_jax.long_context.models import TRAINING_LENGTH, language_model,
 # Small models do not decay to 1e-30 in two dozen tokens; this splits their channels in two.
 THRESHOLD = 1e-2
 LENGTH = 4 * TRAINING_LENGTH
-CONFIGS = pytest.mark.parametrize(
-    "config",
-    [
-        LongMambaConfig(THRESHOLD),
-        LongMambaConfig(THRESHOLD, length=LENGTH),
-        LongMambaConfig(THRESHOLD, rescale=True),
-    ],
-    ids=["streaming", "whole", "rescaled"],
-)
+STREAMING = LongMambaConfig(THRESHOLD)
+WHOLE = LongMambaConfig(THRESHOLD, length=LENGTH)
+RESCALED = LongMambaConfig(THRESHOLD, rescale=True)
+CONFIGS = pytest.mark.parametrize("config", [STREAMING, WHOLE, RESCALED], ids=["streaming", "whole", "rescaled"])
 
 
 @jax.jit
@@ -63,8 +58,17 @@ def frozen_share_by_layer(model, sequence) -> np.ndarray:
     return np.array([np.mean(selection.delta == 0) for selection in collect(model, sequence).values()])
 
 
-@CONFIGS
-@pytest.mark.parametrize("cuts", [(1,), (TRAINING_LENGTH, 50), tuple(range(8, LENGTH, 8))])
+@pytest.mark.parametrize(
+    ("config", "cuts"),
+    [
+        (STREAMING, (1,)),
+        (STREAMING, (TRAINING_LENGTH, 50)),
+        (STREAMING, tuple(range(8, LENGTH, 8))),
+        (WHOLE, (TRAINING_LENGTH, 50)),
+        (RESCALED, (TRAINING_LENGTH, 50)),
+    ],
+    ids=["streaming 1", "streaming 3", "streaming 12", "whole 3", "rescaled 3"],
+)
 def test_every_chunking_gives_the_same_logits(model, calibration, config, cuts):
     extended, sequence = apply_longmamba(model, calibration, config), tokens(1, 2, LENGTH)
     whole, final = read(extended, sequence)
