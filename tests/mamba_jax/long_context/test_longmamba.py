@@ -180,6 +180,16 @@ def test_one_threshold_is_that_of_the_length(mamba1, mamba1_calibration):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_rescaled_as_many_tokens_are_left_as_in_training_with_its_mean(mamba1, mamba1_calibration):
+    config = LongMambaConfig(1e-30, length=2 * TRAINING_LENGTH, rescale=True)
+    extended = apply_longmamba(mamba1, mamba1_calibration, config)
+    delta = np.asarray(collect(mamba1, tokens(0, 8, TRAINING_LENGTH))[0].delta, np.float64).reshape(-1, 24)
+    kept = delta > thresholds_after_softplus(extended)[0, 0] * (1 + 1e-5)
+    np.testing.assert_allclose(kept.mean(axis=0), 0.5, atol=0.03)  # equal steps are kept together
+    scaled = np.asarray(extended.blocks[0].mixer.extender.scales)[0, 0] * np.where(kept, delta, 0)
+    np.testing.assert_allclose(scaled.sum(axis=0) / kept.sum(axis=0), delta.mean(axis=0), rtol=1e-3)
+
+
 @pytest.mark.parametrize(("length", "rounded"), [(99, 96), (119, 120), (25, TRAINING_LENGTH)])
 def test_the_table_rounds_the_length_to_its_step(mamba1, mamba1_calibration, length, rounded):
     by_table, exact = (
