@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -75,10 +76,15 @@ def measure(name: str, names: Sequence[str], length: int, repeats: int) -> list[
             "ms": 1e3 * statistics.median(seconds),
             "least_ms": 1e3 * min(seconds),
             "overhead_percent": 100 * (statistics.median(seconds) / plain - 1),
-            "temporary_gib": compiled[form].memory_analysis().temp_size_in_bytes / 2**30,
+            "temporary_gib": _temporary_bytes(compiled[form]) / 2**30,
         }
         for form, seconds in times.items()
     ]
+
+
+def _temporary_bytes(compiled: jax.stages.Compiled) -> float:
+    memory = compiled.memory_analysis()
+    return math.nan if memory is None else memory.temp_size_in_bytes
 
 
 def main() -> None:

@@ -250,7 +250,8 @@ def count_thresholds(
     last_kept = jnp.broadcast_to(wanted[:, None] - 1, (len(ratios), delta.shape[1]))
     threshold, kept = _threshold_below(descending, last_kept)
     mean_kept = jnp.take_along_axis(jnp.cumsum(descending, axis=0), kept - 1, axis=0) / kept
-    return threshold, mean_kept[:1] / mean_kept
+    # Compiled, a number divided by itself need not be 1.
+    return threshold, jnp.where(kept == len(delta), 1, jnp.mean(delta, axis=0) / mean_kept)
 
 
 def _threshold_below(

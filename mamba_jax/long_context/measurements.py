@@ -141,7 +141,7 @@ def receptive_fields(
     """Fields of some channels of a layer, at lengths up to that of the sequence."""
     selection = diagnostics.selection_of_layer(model, tokens, layer)
     shortest = min(64, tokens.shape[1])
-    lengths = np.unique(np.geomspace(shortest, tokens.shape[1], 16).round().astype(int))
+    lengths = np.unique(np.geomspace(shortest, tokens.shape[1], 12).round().astype(int))
     fields = [
         diagnostics.effective_receptive_field(
             selection.delta[0, :length], selection.A, selection.B[0, :length], selection.C[0, :length]

@@ -151,7 +151,7 @@ def _positions(began: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
 
 
 def _running_max(x: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
-    """``jax.lax.cummax`` along the length in two steps, of blocks and in blocks: on a GPU its own are many and small."""
+    """``jax.lax.cummax`` along the length, in two steps where its own, on a GPU, are many and small."""
     batch_size, length = x.shape
     lowest = np.iinfo(np.int32).min
     block = 1 << (length.bit_length() // 2)

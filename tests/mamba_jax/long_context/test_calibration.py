@@ -146,6 +146,8 @@ def test_no_token_is_left_out_at_the_training_length_and_more_with_every_length(
     table = calibration.places[0].thresholds
     assert length_ratios()[0] == 1
     assert np.all(table[:, 0] == 0)
+    assert np.all(calibration.places[0].count_thresholds[:, 0] == 0)
+    assert np.all(calibration.places[0].count_scales[:, 0] == 1)
     assert np.all(np.diff(table, axis=1) >= 0)
     assert np.all(table[:, -1] > table[:, 1])
 

@@ -115,7 +115,8 @@ def test_decoding_goes_on_from_the_prefill_and_leaves_out_nothing(model, decimat
         np.testing.assert_allclose(actual, wanted, atol=2e-5)
 
 
-def test_prompts_of_different_lengths_are_continued_as_if_alone(decimated):
+def test_prompts_of_different_lengths_are_continued_as_if_alone():
+    decimated = apply_decimamba(language_model(pattern="M2", repeats=2), CONFIG)
     prompts = [np.asarray(tokens(4, 1, length)[0]).tolist() for length in (5, 70, 23)]
     sampling = Sampling(temperature=0.0)
     together = generate(decimated, prompts, max_new_tokens=5, sampling=sampling)
@@ -123,10 +124,11 @@ def test_prompts_of_different_lengths_are_continued_as_if_alone(decimated):
         assert generate(decimated, [prompt], max_new_tokens=5, sampling=sampling) == [continuation]
 
 
-def test_padding_is_left_out_before_any_token(model, decimated):
-    sequence = tokens(5, 1, LENGTH)
-    padded = jnp.pad(sequence, ((0, 0), (24, 0)))
-    segment_ids = jnp.pad(jnp.ones_like(sequence), ((0, 0), (24, 0)))
+@pytest.mark.parametrize("length", [8, LENGTH], ids=["fewer than are kept", "more than are kept"])
+def test_padding_is_left_out_before_any_token_and_never_read(decimated, length):
+    sequence = tokens(5, 1, length)
+    padded = jnp.pad(sequence, ((0, 0), (64 - length, 0)), constant_values=7)
+    segment_ids = jnp.pad(jnp.ones_like(sequence), ((0, 0), (64 - length, 0)))
     logits, state = prefill(decimated, padded, segment_ids)
     expected, expected_state = prefill(decimated, sequence, jnp.ones_like(sequence))
     np.testing.assert_allclose(logits, expected, atol=2e-5)

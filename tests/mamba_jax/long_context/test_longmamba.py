@@ -18,15 +18,10 @@ from tests.mamba_jax.long_context.models import TRAINING_LENGTH, language_model,
 # Small models do not decay to 1e-30 in two dozen tokens; this splits their channels in two.
 THRESHOLD = 1e-2
 LENGTH = 4 * TRAINING_LENGTH
-CONFIGS = pytest.mark.parametrize(
-    "config",
-    [
-        LongMambaConfig(THRESHOLD),
-        LongMambaConfig(THRESHOLD, length=LENGTH),
-        LongMambaConfig(THRESHOLD, rescale=True),
-    ],
-    ids=["streaming", "whole", "rescaled"],
-)
+STREAMING = LongMambaConfig(THRESHOLD)
+WHOLE = LongMambaConfig(THRESHOLD, length=LENGTH)
+RESCALED = LongMambaConfig(THRESHOLD, rescale=True)
+CONFIGS = pytest.mark.parametrize("config", [STREAMING, WHOLE, RESCALED], ids=["streaming", "whole", "rescaled"])
 
 
 @jax.jit
@@ -63,8 +58,17 @@ def frozen_share_by_layer(model, sequence) -> np.ndarray:
     return np.array([np.mean(selection.delta == 0) for selection in collect(model, sequence).values()])
 
 
-@CONFIGS
-@pytest.mark.parametrize("cuts", [(1,), (TRAINING_LENGTH, 50), tuple(range(8, LENGTH, 8))])
+@pytest.mark.parametrize(
+    ("config", "cuts"),
+    [
+        (STREAMING, (1,)),
+        (STREAMING, (TRAINING_LENGTH, 50)),
+        (STREAMING, tuple(range(8, LENGTH, 8))),
+        (WHOLE, (TRAINING_LENGTH, 50)),
+        (RESCALED, (TRAINING_LENGTH, 50)),
+    ],
+    ids=["streaming 1", "streaming 3", "streaming 12", "whole 3", "rescaled 3"],
+)
 def test_every_chunking_gives_the_same_logits(model, calibration, config, cuts):
     extended, sequence = apply_longmamba(model, calibration, config), tokens(1, 2, LENGTH)
     whole, final = read(extended, sequence)
@@ -174,6 +178,16 @@ def test_one_threshold_is_that_of_the_length(mamba1, mamba1_calibration):
     expected = table[:, entry] + abs(weight) * (table[:, low + high - entry] - table[:, entry])
     actual = thresholds_after_softplus(apply_longmamba(mamba1, mamba1_calibration, config))[:, 0]
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rescaled_as_many_tokens_are_left_as_in_training_with_its_mean(mamba1, mamba1_calibration):
+    config = LongMambaConfig(1e-30, length=2 * TRAINING_LENGTH, rescale=True)
+    extended = apply_longmamba(mamba1, mamba1_calibration, config)
+    delta = np.asarray(collect(mamba1, tokens(0, 8, TRAINING_LENGTH))[0].delta, np.float64).reshape(-1, 24)
+    kept = delta > thresholds_after_softplus(extended)[0, 0] * (1 + 1e-5)
+    np.testing.assert_allclose(kept.mean(axis=0), 0.5, atol=0.03)  # equal steps are kept together
+    scaled = np.asarray(extended.blocks[0].mixer.extender.scales)[0, 0] * np.where(kept, delta, 0)
+    np.testing.assert_allclose(scaled.sum(axis=0) / kept.sum(axis=0), delta.mean(axis=0), rtol=1e-3)
 
 
 @pytest.mark.parametrize(("length", "rounded"), [(99, 96), (119, 120), (25, TRAINING_LENGTH)])
