@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from mamba_jax import sharding
 from mamba_jax.mixers.base import Leaf
 from mamba_jax.models.language_model import LanguageModel
+
+Prompt = Sequence[int] | Integer[np.ndarray, " _"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +41,13 @@ class Sampling:
 
 def generate(
     model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     stop_tokens: Collection[int] = (),
     seed: int = 0,
+    prefill_chunk: int | None = None,
 ) -> list[list[int]]:
     """Continues each prompt.
 
@@ -55,6 +58,8 @@ def generate(
         sampling: how tokens are drawn.
         stop_tokens: tokens that end a continuation.
         seed: decides the draws; the draws of a prompt depend on its place in ``prompts``, not on the other prompts.
+        prefill_chunk: read prompts this many tokens at a time, so that the memory a prompt takes on the device does not
+            grow with its length; None reads the whole at once.
 
     Returns:
         The new tokens of each prompt, without the stop token.
@@ -71,19 +76,21 @@ def generate(
         stop_tokens=stop_tokens,
         seed=seed,
         tokens_at_a_time=max_new_tokens,
+        prefill_chunk=prefill_chunk,
     )
     return next(parts, [[] for _ in prompts])
 
 
 def stream(
     model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     stop_tokens: Collection[int] = (),
     seed: int = 0,
     tokens_at_a_time: int = 8,
+    prefill_chunk: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """Like ``generate``, but yields the new tokens of each prompt as they come, ``tokens_at_a_time`` for each of them.
 
@@ -91,8 +98,7 @@ def stream(
     """
     if max_new_tokens < 0 or tokens_at_a_time < 0:
         raise ValueError("max_new_tokens and tokens_at_a_time must be 0 or more.")
-    tokens, segment_ids = _left_padded(prompts, model.config.vocab_size)
-    logits, state = prefill(model, tokens, segment_ids)
+    logits, state = prefill_prompts(model, prompts, chunk_size=prefill_chunk)
     stops = jnp.asarray(sorted(stop_tokens), jnp.int32)
     carry = _Decoding(logits, state, finished=jnp.zeros((len(prompts),), bool), position=jnp.zeros((), jnp.int32))
     key = jax.random.key(seed)
@@ -104,6 +110,58 @@ def stream(
         remaining -= count
         if np.all(carry.finished):
             return
+
+
+def prefill_prompts(
+    model: LanguageModel, prompts: Sequence[Prompt], *, chunk_size: int | None = None
+) -> tuple[Float[Array, "batch vocabulary"], Any]:
+    """Logits after the last token of each prompt, and the state there.
+
+    Args:
+        model: a language model.
+        prompts: token ids, at least one each; lengths may differ.
+        chunk_size: tokens of each prompt on the device at a time; None for all.
+
+    Raises:
+        ValueError: an empty prompt, a token beyond the model's vocabulary, or a chunk of none.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size = {chunk_size} cannot be used: at least 1 token, or None for the whole prompt.")
+    # Padding changes no result, so lengths are rounded up and few of them are compiled.
+    longest = _rounded_up(max(map(len, prompts)))
+    if chunk_size is None or longest <= chunk_size:
+        tokens, segment_ids = _left_padded(prompts, longest, model.config.vocab_size)
+        return prefill(model, _placed(tokens), _placed(segment_ids))
+    longest = -(-longest // chunk_size) * chunk_size
+    tokens, segment_ids = _left_padded(prompts, longest, model.config.vocab_size)
+    # A change between documents that falls between two chunks is one that no chunk can see.
+    begins = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    logits: Any = None
+    state = model.init_state(len(prompts))
+    for first in range(0, longest, chunk_size):
+        chunk = np.s_[:, first : first + chunk_size]
+        logits, state = continue_prefill(
+            model, _placed(tokens[chunk]), _placed(segment_ids[chunk]), state, jnp.asarray(begins[:, first])
+        )
+    return logits, state
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def continue_prefill(
+    model: LanguageModel,
+    tokens: Int[Array, "batch length"],
+    segment_ids: Int[Array, "batch length"],
+    state: Any,
+    begins: Bool[Array, " batch"],
+) -> tuple[Float[Array, "batch vocabulary"], Any]:
+    """``prefill`` that goes on from a state, whose memory it reuses; rows that begin a document here forget theirs."""
+
+    def forget(kept, initial):
+        return jnp.where(begins.reshape(1, -1, *[1] * (kept.ndim - 2)), initial, kept)
+
+    state = jax.tree.map(forget, state, model.init_state(tokens.shape[0]))
+    hidden, state = model.hidden(tokens, state=state, segment_ids=segment_ids)
+    return model.logits(hidden[:, -1]), state
 
 
 @jax.jit
@@ -187,26 +245,27 @@ def _in_nucleus(logits: Float[Array, "batch vocabulary"], top_p: float) -> Bool[
 
 
 def _left_padded(
-    prompts: Sequence[Sequence[int]], vocab_size: int
-) -> tuple[Int[Array, "batch length"], Int[Array, "batch length"]]:
+    prompts: Sequence[Prompt], length: int, vocab_size: int
+) -> tuple[Int[np.ndarray, "batch length"], Int[np.ndarray, "batch length"]]:
     """Prompts in one array, ending together, and segment ids that keep the padding out of the state."""
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty: give it at least one token, such as the tokenizer's separator.")
-        beyond = [token for token in prompt if not 0 <= token < vocab_size]
-        if beyond:
-            raise ValueError(
-                f"prompt {i} has the token {beyond[0]}, but the model's vocabulary ends at {vocab_size - 1}."
-            )
-    # Padding changes no result, so lengths are rounded up and few of them are compiled.
-    longest = _rounded_up(max(map(len, prompts)))
-    tokens = np.zeros((len(prompts), longest), np.int32)
+    tokens = np.zeros((len(prompts), length), np.int32)
     segment_ids = np.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt) :] = prompt
-        segment_ids[row, longest - len(prompt) :] = 1
-    place = functools.partial(sharding.reshard, axes=(sharding.BATCH, None))
-    return place(jnp.asarray(tokens)), place(jnp.asarray(segment_ids))
+        if not len(prompt):
+            raise ValueError(f"prompt {row} is empty: give it at least one token, such as the tokenizer's separator.")
+        ids = np.asarray(prompt)
+        beyond = ids[(ids < 0) | (ids >= vocab_size)]
+        if beyond.size:
+            raise ValueError(
+                f"prompt {row} has the token {beyond[0]}, but the model's vocabulary ends at {vocab_size - 1}."
+            )
+        tokens[row, length - len(ids) :] = ids
+        segment_ids[row, length - len(ids) :] = 1
+    return tokens, segment_ids
+
+
+def _placed(rows: Int[np.ndarray, "batch length"]) -> Int[Array, "batch length"]:
+    return sharding.reshard(jnp.asarray(rows), (sharding.BATCH, None))
 
 
 def _rounded_up(length: int) -> int:

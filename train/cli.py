@@ -1,4 +1,4 @@
-"""The command line: ``mamba-jax train|evaluate|generate|prepare|configs``.
+"""The command line: ``mamba-jax train|evaluate|generate|calibrate|inspect|prepare|benchmark|configs``.
 
 Each command imports what it needs when it runs, so that help comes at once. What a user can mend is one line on stderr.
 """
@@ -63,7 +63,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if name in arguments[:1]:
             command.add_arguments(subparser)
     if arguments[:1] != ["train"]:
-        return parser.parse_args(arguments)
+        options = parser.parse_args(arguments)
+        options.arguments = arguments
+        return options
     # argparse cannot know the names of settings; what is wrong with them is said when they are bound.
     bindings = [argument for argument in arguments if argument.startswith(_BINDING)]
     if "-h" in arguments or "--help" in arguments:
@@ -132,10 +134,24 @@ def _train(options: argparse.Namespace) -> None:
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_argument(parser)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there too, as JSON")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="write the loss there too, as JSON; with --task, the folder for results (evaluations/TASK in the workdir)",
+    )
+    from train.tasks import command
+
+    command.add_arguments(parser)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from train.tasks import command
+
+    command.check(options, options.arguments)
+    if options.task is not None:
+        command.run(options)
+        return
     from train import evaluate
 
     evaluate.run(options.checkpoint, output=options.output)
@@ -191,6 +207,56 @@ def _generate(options: argparse.Namespace) -> None:
     )
 
 
+def _add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint_argument(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="calibration to write, such as c.npz")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a sequence (the run's training length)")
+    parser.add_argument("--count", type=int, default=10, metavar="N", help="sequences to measure (10)")
+    parser.add_argument("--seed", type=int, default=0, help="decides which sequences of the training split (0)")
+    parser.add_argument(
+        "--clamp",
+        type=float,
+        metavar="SHARE",
+        help="cut this share of the largest steps off first (0 for Mamba-1 and 0.05 for Mamba-2, as published)",
+    )
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from train import calibrate
+
+    calibrate.run(
+        options.checkpoint,
+        options.out,
+        length=options.length,
+        count=options.count,
+        seed=options.seed,
+        clamp=options.clamp,
+    )
+
+
+def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint_argument(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for figures and arrays")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="what 'mamba-jax calibrate' wrote for this checkpoint (measured anew with its defaults)",
+    )
+    parser.add_argument(
+        "--length", type=int, metavar="N", help="tokens of the extended sequence (8 times the training length)"
+    )
+    parser.add_argument("--layer", type=int, metavar="N", help="layer that figures 1, 7 and 8 show (the middle one)")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from train import inspection
+
+    inspection.run(
+        options.checkpoint, options.out, calibration=options.calibration, length=options.length, layer=options.layer
+    )
+
+
 def _add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
@@ -239,8 +305,12 @@ def _configs(options: argparse.Namespace) -> None:
 
 COMMANDS = {
     "train": _Command("Train a model, or go on with a run.", _add_train_arguments, _train),
-    "evaluate": _Command("Evaluate a trained model on held-out text.", _add_evaluate_arguments, _evaluate),
+    "evaluate": _Command(
+        "Evaluate a trained model on held-out text, or on a task.", _add_evaluate_arguments, _evaluate
+    ),
     "generate": _Command("Continue texts with a trained model.", _add_generate_arguments, _generate),
+    "calibrate": _Command("Measure a model's step sizes, to extend its context.", _add_calibrate_arguments, _calibrate),
+    "inspect": _Command("Draw how far each layer of a model sees.", _add_inspect_arguments, _inspect),
     "prepare": _Command("Turn text files into token files to train on.", _add_prepare_arguments, _prepare),
     "benchmark": _Command("Time the operators and check their results.", _add_benchmark_arguments, _benchmark),
     "configs": _Command("List every setting with its type, default and meaning.", lambda parser: None, _configs),

@@ -87,6 +87,27 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    name: Literal["text", "passkey", "document_retrieval"] = "text"
+    """What is made of the corpus: 'text' as it is, or prompts with 'passkey' or 'document_retrieval' hidden in it."""
+    context_weight: float = 0.0
+    """Weight of the loss on each token of a prompt, those of answers having 1; 0 trains on answers alone."""
+    shortest_length: int | None = None
+    """Half of Data.sequence_length, a quarter, ..., not below this, are drawn as lengths as well; None draws none."""
+    curriculum_steps: int = 0
+    """Steps in which longer examples join the shortest, length by length; 0 draws all lengths from the start."""
+    held_out_examples: int = 128
+    """Examples of an evaluation of answers, made of the held-out split."""
+
+    def __post_init__(self):
+        _require(self.context_weight >= 0, "Task.context_weight", self.context_weight, "a weight of 0 or more")
+        shortest = self.shortest_length
+        _require(shortest is None or shortest >= 1, "Task.shortest_length", shortest, "at least 1 token, or None")
+        _require(self.curriculum_steps >= 0, "Task.curriculum_steps", self.curriculum_steps, "0 or more steps")
+        _require(self.held_out_examples >= 1, "Task.held_out_examples", self.held_out_examples, "at least 1 example")
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = 6e-4
     """Peak learning rate of AdamW."""
@@ -180,6 +201,7 @@ class Experiment:
     train: TrainConfig = TrainConfig()
     model: LanguageModelConfig = dataclasses.field(default_factory=LanguageModelConfig)
     data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
@@ -206,4 +228,11 @@ class Experiment:
             "Data.sequence_length",
             data.sequence_length,
             f"a multiple of Mesh.sequence ({mesh.sequence})",
+        )
+        shortest = self.task.shortest_length
+        _require(
+            shortest is None or shortest <= data.sequence_length,
+            "Task.shortest_length",
+            shortest,
+            f"at most Data.sequence_length ({data.sequence_length}), or None",
         )

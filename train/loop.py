@@ -34,8 +34,9 @@ def run(experiment: Experiment, workdir: pathlib.Path, *, overwrite: bool = Fals
     corpus = pipeline.load(data)
     corpus.require_vocabulary(experiment.model.vocab_size)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = pipeline.train_batches(data, corpus.train, seed=settings.seed, **process)
-    held_out = pipeline.held_out_batches(data, corpus.held_out, **process)
+    task, seed = experiment.task, settings.seed
+    batches = pipeline.train_batches(data, corpus.train, task=task, seed=seed, **process)
+    held_out = pipeline.held_out_batches(data, corpus.held_out, task=task, seed=seed, **process)
 
     with (
         jax.set_mesh(mesh),

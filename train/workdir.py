@@ -23,8 +23,10 @@ METRICS = "metrics.jsonl"
 PLOT = "loss.png"
 TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb_id"
+EVALUATIONS = "evaluations"
+"""Results of tasks, a folder each."""
 
-_FILES = (CONFIG, CONFIG_GIN, CHECKPOINTS, DAMAGED, METRICS, PLOT, TENSORBOARD, WANDB_ID, "wandb")
+_FILES = (CONFIG, CONFIG_GIN, CHECKPOINTS, DAMAGED, METRICS, PLOT, TENSORBOARD, WANDB_ID, "wandb", EVALUATIONS)
 
 MAY_CHANGE = frozenset(
     {

@@ -45,6 +45,23 @@ def without_extenders(model: LanguageModel) -> LanguageModel:
     return copy
 
 
+def selective_mixers(model: LanguageModel) -> dict[int, SelectiveMixer]:
+    """Stacked mixers with a delta, by their place in the pattern."""
+    mixers = enumerate(block.mixer for block in model.blocks)
+    return {place: mixer for place, mixer in mixers if isinstance(mixer, SelectiveMixer)}
+
+
 def selective_places(model: LanguageModel) -> list[int]:
     """Places of the pattern whose layers have a delta."""
-    return [place for place, block in enumerate(model.blocks) if isinstance(block.mixer, SelectiveMixer)]
+    return list(selective_mixers(model))
+
+
+def require_layers_that_can_freeze(model: LanguageModel) -> None:
+    """Raises a ValueError if the scan of a layer gives every token a step size above 0, whatever an extender says."""
+    for place, mixer in selective_mixers(model).items():
+        if mixer.delta_floor > 0:
+            raise ValueError(
+                f"layer {place} of the pattern {model.config.pattern!r} steps its state by at least "
+                f"{mixer.delta_floor} at each "
+                "token (delta_limit_min), so none can be left out: use a model whose limit is 0."
+            )

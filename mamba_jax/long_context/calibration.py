@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
+from mamba_jax import sharding
 from mamba_jax.long_context.attach import selective_places, without_extenders
 from mamba_jax.long_context.diagnostics import log_decay
+from mamba_jax.long_context.fingerprint import fingerprint
 from mamba_jax.mixers.selective import Selection, SelectiveMixer
 from mamba_jax.models.language_model import LanguageModel
 
-_FORMAT = "mamba-jax long-context calibration 1"
+_FORMAT = "mamba-jax long-context calibration 2"
 
-STEPS_PER_OCTAVE = 16
-"""Entries of a table of thresholds for each doubling of the length."""
+STEPS_PER_OCTAVE = 8
+"""Lengths measured for each doubling."""
 OCTAVES = 12
-"""Doublings of the training length that a table covers; its last entry holds beyond."""
+"""Doublings of the training length that are measured; the last entry of each table holds beyond."""
+
+PUBLISHED_CLAMP = 0.05
+"""Share that the authors' code cuts off for Mamba-2."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerStatistics:
-    """The step sizes of the layers at one place of a model's pattern. ``channels`` are Mamba-2's heads."""
+    """The step sizes of the layers at one place of a model's pattern. ``channels`` are Mamba-2's heads.
+
+    ``lengths`` are those of ``length_ratios``, in training lengths. S is such a length, L the training length.
+    """
 
     log_decay: Float[np.ndarray, "repeats channels"]
-    """Natural logarithm of what a training sequence leaves of the state before it (eq. 14), averaged over sequences."""
+    """Natural logarithm of what a training sequence leaves of the state before it (eq. 14), mean over sequences."""
     thresholds: Float[np.ndarray, "repeats lengths channels"]
-    """Threshold g (eq. 18) at ``length_ratios`` times the training length: steps up to it are left out. 0 for none."""
+    """g(S) of eq. 18: the steps above it, in S tokens, sum to what all steps of L tokens do. 0 leaves none out."""
+    count_thresholds: Float[np.ndarray, "repeats lengths channels"]
+    """The threshold that L of S tokens are above: they sum to more than L tokens do, being the largest."""
+    count_scales: Float[np.ndarray, "repeats lengths channels"]
+    """What the steps above ``count_thresholds`` are to be multiplied by, for their mean to be that of all steps."""
+    longest_ratio: Float[np.ndarray, "repeats channels"]
+    """S/L up to which the sample tells thresholds apart: at the next, its largest steps alone exceed L/S."""
+    decay_rates: int
+    """Decay rates of a channel's state: its size in Mamba-1, 1 in the heads of Mamba-2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,24 +62,20 @@ class Calibration:
     sequences: int
     """Sequences measured."""
     clamp: float | None
-    """Share of the largest step sizes of each channel that were cut off at the least of them; None for none."""
+    """As given to ``calibrate``."""
     checkpoint: str
     """``fingerprint`` of the model measured."""
+    source: str | None
+    """Names the text the sequences are from, by its content; None where that was not said."""
     places: dict[int, LayerStatistics]
     """By place in the model's pattern, those with a delta."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one .npz file: the arrays, and a JSON header that says what they are and of which checkpoint."""
-        header = {
-            "format": _FORMAT,
-            "training_length": self.training_length,
-            "sequences": self.sequences,
-            "clamp": self.clamp,
-            "checkpoint": self.checkpoint,
-            "places": sorted(self.places),
-        }
-        arrays = {
-            f"{field.name}_{place}": getattr(layers, field.name)
+        header = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "places"}
+        header |= {"format": _FORMAT, "places": sorted(self.places)}
+        arrays: dict[str, Any] = {
+            f"{field.name}_{place}": np.asarray(getattr(layers, field.name))
             for place, layers in self.places.items()
             for field in dataclasses.fields(layers)
         }
@@ -87,12 +100,12 @@ class Calibration:
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise ValueError(f"{os.fspath(path)} is no calibration file: make one with calibrate(...).save.") from error
+            raise ValueError(
+                f"{os.fspath(path)} is no calibration file: make one with 'mamba-jax calibrate'."
+            ) from error
         if not is_ours:
             raise ValueError(f"{os.fspath(path)} is of another version than {_FORMAT!r}: calibrate again.")
-        names = [field.name for field in dataclasses.fields(LayerStatistics)]
-        places = {p: LayerStatistics(**{name: arrays[f"{name}_{p}"] for name in names}) for p in header.pop("places")}
-        return Calibration(places=places, **header)
+        return Calibration(places={place: _layers(arrays, place) for place in header.pop("places")}, **header)
 
     def require_model(self, model: LanguageModel) -> None:
         """Raises a ValueError unless this was measured on exactly these parameters."""
@@ -103,6 +116,23 @@ class Calibration:
                 f"calibrate this model and use that."
             )
 
+    def require_unseen(self, source: str) -> None:
+        """Raises a ValueError unless this was measured on other text than is to be evaluated on.
+
+        Args:
+            source: name of the text to evaluate on, of the same kind as was given to ``calibrate``.
+        """
+        if self.source is None:
+            raise ValueError(
+                "the calibration does not say what text it was measured on, so it may be the text to evaluate on: "
+                "calibrate(..., source=...) again, or with 'mamba-jax calibrate'."
+            )
+        if self.source == source:
+            raise ValueError(
+                f"the calibration was measured on the very text to evaluate on ({source[:12]}): "
+                "calibrate on training data."
+            )
+
 
 def length_ratios() -> Float[np.ndarray, " lengths"]:
     """Lengths, in training lengths, that tables of thresholds have an entry for: from 1, geometric."""
@@ -110,7 +140,11 @@ def length_ratios() -> Float[np.ndarray, " lengths"]:
 
 
 def calibrate(
-    model: LanguageModel, sequences: Int[Array | np.ndarray, "batch length"], *, clamp: float | None = None
+    model: LanguageModel,
+    sequences: Integer[Array | np.ndarray, "batch length"],
+    *,
+    clamp: float | None = None,
+    source: str | None = None,
 ) -> Calibration:
     """Measures the step sizes of every layer.
 
@@ -118,17 +152,20 @@ def calibrate(
         model: the model to extend later; extenders it has already are not applied.
         sequences: tokens such as it was trained on, as long as its training sequences; the paper takes 10. Never
             take them from what the extended model will be evaluated on.
-        clamp: cut off this share of the largest step sizes of each channel before all else, as the authors' code
-            does (0.2 for Mamba-1, 0.05 for Mamba-2); None, as in the paper, cuts off none.
+        clamp: cut off this share of the largest step sizes of each channel at the least of them, before all else, as
+            the authors' code does. None takes what was published: 0 where a channel has several decay rates (Mamba-1,
+            the paper), 0.05 where it has one (Mamba-2, the authors' code, which has 0.2 for Mamba-1).
+        source: names the text the sequences are from, such as ``train.data.tokens.Tokens.fingerprint``; evaluations
+            then refuse to use the calibration on the same text.
 
     Raises:
-        ValueError: there is no token, no layer has a delta, or the share is not between 0 and 1.
+        ValueError: there is no token, no layer has a delta, or the share is below 0 or not below 1.
     """
     count, length = sequences.shape
     if not count * length:
         raise ValueError(f"sequences of shape {sequences.shape} are empty: give at least one of the training length.")
-    if clamp is not None and not 0 < clamp < 1:
-        raise ValueError(f"clamp = {clamp} cannot be used: a share above 0 and below 1, or None for none.")
+    if clamp is not None and not 0 <= clamp < 1:
+        raise ValueError(f"clamp = {clamp} cannot be used: a share from 0 to below 1, or None for what was published.")
     model = without_extenders(model)
     places = selective_places(model)
     if not places:
@@ -147,24 +184,33 @@ def calibrate(
         sequences=count,
         clamp=clamp,
         checkpoint=fingerprint(model),
-        places={place: LayerStatistics(*map(np.asarray, measured[place])) for place in places},
+        source=source,
+        places={
+            place: LayerStatistics(*map(np.asarray, measured[place]), decay_rates=_decay_rates(model, place))
+            for place in places
+        },
     )
 
 
 def sample_sequences(
-    tokens: Int[np.ndarray, " tokens"], *, length: int, count: int = 10, seed: int = 0
-) -> Int[np.ndarray, "count length"]:
-    """Draws calibration sequences from a stream of tokens; the seed decides which.
+    tokens: Integer[np.ndarray, " tokens"], *, length: int, count: int = 10, seed: int = 0
+) -> Integer[np.ndarray, "count length"]:
+    """Draws calibration sequences from a stream of tokens; arguments and errors are those of ``sample_starts``."""
+    starts = sample_starts(len(tokens), length=length, count=count, seed=seed)
+    return np.stack([tokens[start : start + length] for start in starts])
+
+
+def sample_starts(tokens: int, *, length: int, count: int = 10, seed: int = 0) -> list[int]:
+    """Draws where calibration sequences begin in a stream of this many tokens; the seed decides.
 
     Raises:
         ValueError: the stream is shorter than a sequence, or the count or length below 1.
     """
     if count < 1 or length < 1:
         raise ValueError(f"count = {count} and length = {length} cannot be used: at least 1 each.")
-    if len(tokens) < length:
-        raise ValueError(f"{len(tokens)} tokens are too few for sequences of length {length}: give at least as many.")
-    starts = np.random.default_rng(seed).integers(len(tokens) - length + 1, size=count)
-    return np.stack([tokens[start : start + length] for start in starts])
+    if tokens < length:
+        raise ValueError(f"{tokens} tokens are too few for sequences of length {length}: give at least as many.")
+    return np.random.default_rng(seed).integers(tokens - length + 1, size=count).tolist()
 
 
 def thresholds(
@@ -184,25 +230,75 @@ def thresholds(
     cumulative = jnp.cumsum(descending, axis=0)
     wanted = cumulative[-1] / jnp.asarray(ratios, delta.dtype)[:, None]
     last_kept = jax.vmap(jnp.searchsorted, in_axes=1, out_axes=1)(cumulative, wanted)
-    next_smaller = jnp.pad(descending[1:], ((0, 1), (0, 0)))
-    return jnp.take_along_axis(next_smaller, last_kept, axis=0, mode="clip")
+    return _threshold_below(descending, jnp.minimum(last_kept, len(delta) - 1))[0]
 
 
-def fingerprint(model: LanguageModel) -> str:
-    """SHA-256 of a model's parameters: their names, shapes and values. Extenders do not count."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(without_extenders(model)):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
+def count_thresholds(
+    delta: Float[Array, "samples channels"], ratios: Float[np.ndarray, " lengths"]
+) -> tuple[Float[Array, "lengths channels"], Float[Array, "lengths channels"]]:
+    """Threshold that a share L/S of a sample of step sizes is above, or just more, and the factor for those above it.
+
+    Times the factor, the step sizes above have the mean of the whole sample. So of S tokens as many are kept as a
+    training sequence has, with steps that are as large on average, and sum to the same.
+
+    Args:
+        delta: step sizes, all of training sequences.
+        ratios: S/L, at least 1.
+    """
+    descending = jnp.sort(delta, axis=0, descending=True)
+    wanted = np.ceil(len(delta) / ratios).astype(int)
+    last_kept = jnp.broadcast_to(wanted[:, None] - 1, (len(ratios), delta.shape[1]))
+    threshold, kept = _threshold_below(descending, last_kept)
+    mean_kept = jnp.take_along_axis(jnp.cumsum(descending, axis=0), kept - 1, axis=0) / kept
+    # Compiled, a number divided by itself need not be 1.
+    return threshold, jnp.where(kept == len(delta), 1, jnp.mean(delta, axis=0) / mean_kept)
+
+
+def _threshold_below(
+    descending: Float[Array, "samples channels"], last_kept: Int[Array, "lengths channels"]
+) -> tuple[Float[Array, "lengths channels"], Int[Array, "lengths channels"]]:
+    """The largest sample smaller than those at ``last_kept``, 0 where there is none; and how many are above it.
+
+    Equal samples are kept or left out together: where delta depends on the token alone, as in a first layer of
+    Mamba-2, there are many.
+    """
+    smallest_kept = jnp.take_along_axis(descending, last_kept, axis=0)
+    count = jax.vmap(lambda column, value: jnp.searchsorted(-column, -value, side="right"), in_axes=1, out_axes=1)(
+        descending, smallest_kept
+    )
+    return jnp.take_along_axis(jnp.pad(descending, ((0, 1), (0, 0))), count, axis=0), count
+
+
+def _decay_rates(model: LanguageModel, place: int) -> int:
+    """Decay rates of a channel's state in the layers at one place of the pattern."""
+
+    def of_first(blocks):
+        block = jax.tree.map(lambda stacked: stacked[0], blocks)
+        return block.mixer.selection(jnp.zeros((1, 1, model.config.width), block.compute_dtype)).A
+
+    return math.prod(jax.eval_shape(of_first, model.blocks[place]).shape[1:])
 
 
 def _statistics(selection: Selection, clamp: float | None):
-    delta = selection.delta
-    samples = delta.reshape(-1, delta.shape[-1])
-    if clamp is not None:
-        delta = jnp.minimum(delta, jnp.quantile(samples, 1 - clamp, axis=0))
-        samples = delta.reshape(samples.shape)
-    decay = jnp.mean(jnp.sum(log_decay(delta, selection.A), axis=1), axis=0)
-    return decay, thresholds(samples, length_ratios())
+    """Fields of LayerStatistics that are arrays, without the repeats."""
+    # Few numbers: brought together on a mesh, to be sorted and looked up in without exchanges.
+    delta, A = (sharding.reshard(array, (None,) * array.ndim) for array in (selection.delta, selection.A))
+    channels = delta.shape[-1]
+    if clamp is None:
+        clamp = PUBLISHED_CLAMP if A.ndim == 1 else 0.0
+    if clamp > 0:
+        delta = jnp.minimum(delta, jnp.quantile(delta.reshape(-1, channels), 1 - clamp, axis=0))
+    decay = jnp.mean(jnp.sum(log_decay(delta, A), axis=1), axis=0)
+    samples = delta.reshape(-1, channels)
+    largest = jnp.max(samples, axis=0)
+    longest_ratio = jnp.sum(samples, axis=0) / jnp.sum(jnp.where(samples == largest, samples, 0), axis=0)
+    ratios = length_ratios()
+    return decay, thresholds(samples, ratios), *count_thresholds(samples, ratios), longest_ratio
+
+
+def _layers(arrays: dict[str, np.ndarray], place: int) -> LayerStatistics:
+    fields: dict[str, Any] = {
+        field.name: arrays[f"{field.name}_{place}"] for field in dataclasses.fields(LayerStatistics)
+    }
+    fields["decay_rates"] = int(fields["decay_rates"])
+    return LayerStatistics(**fields)

@@ -7,6 +7,7 @@ after its softplus; a frozen token has delta 0. Mamba-2's heads count as channel
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from mamba_jax.long_context.attach import selective_places
 from mamba_jax.mixers.selective import Selection, SelectiveMixer
 from mamba_jax.models.language_model import LanguageModel
+from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.ssd import ssd
 
 
 def hidden_attention(
@@ -26,23 +30,33 @@ def hidden_attention(
     B: Float[Array, "length *groups state"],
     C: Float[Array, "length *groups state"],
     channels: Int[Array, " chosen"],
-) -> Float[Array, "chosen length length"]:
+    rows: Int[Array, " rows"] | None = None,
+) -> Float[Array, "chosen rows length"]:
     """Weight alpha[i, j] of input j in output i (eq. 11), for some channels; zero above the diagonal.
 
     The rows times the scan's input x are its output y, without the skip connection D x and the gate. Memory grows with
-    the square of the length, once a channel chosen.
+    rows times length, once a channel chosen.
+
+    Args:
+        delta: step sizes.
+        A: decay rates.
+        B: input matrix.
+        C: output matrix.
+        channels: those to compute.
+        rows: outputs i to compute; None for all.
     """
     num_channels = delta.shape[1]
     A = jnp.broadcast_to(A.reshape(A.shape[0], -1), (A.shape[0], B.shape[-1]))
-    causal = jnp.tril(jnp.ones((delta.shape[0],) * 2, bool))
+    rows = jnp.arange(delta.shape[0]) if rows is None else rows
+    causal = rows[:, None] >= jnp.arange(delta.shape[0])
 
     def of_channel(channel):
         elapsed = jnp.cumsum(delta[:, channel])
-        between = jnp.where(causal, elapsed[:, None] - elapsed[None, :], jnp.inf)
+        between = jnp.where(causal, elapsed[rows, None] - elapsed[None, :], jnp.inf)
 
         def add_state(attention, state):
             A, B, C = state
-            return attention + C[:, None] * jnp.exp(A * between) * (delta[:, channel] * B)[None, :], None
+            return attention + C[rows, None] * jnp.exp(A * between) * (delta[:, channel] * B)[None, :], None
 
         of_state = (A[channel], *(_of_channel(matrix, num_channels, channel).T for matrix in (B, C)))
         return jax.lax.scan(add_state, jnp.zeros_like(between), of_state)[0]
@@ -124,6 +138,53 @@ def is_global(
 def frozen_share(delta: Float[Array, "length channels"]) -> Float[Array, " channels"]:
     """Share of the tokens that leave a channel's state as it is."""
     return jnp.mean(delta == 0, axis=0)
+
+
+def state_norms(selection: Selection, every: int) -> Float[Array, "batch samples channels"]:
+    """Euclidean norm of each channel's, or each head's, state after ``every``, 2 ``every``, … tokens.
+
+    Args:
+        selection: what a layer's scan sees; tokens after the last multiple of ``every`` are not looked at.
+        every: tokens between two states that are measured.
+    """
+    batch_size, length = selection.x.shape[:2]
+    samples = length // every
+    chunks = jax.tree.map(
+        lambda array: jnp.moveaxis(
+            array[:, : samples * every].reshape(batch_size, samples, every, *array.shape[2:]), 1, 0
+        ),
+        (selection.x, selection.delta, selection.B, selection.C),
+    )
+    scan = selective_scan if selection.A.ndim == 2 else ssd
+
+    def advance(state, chunk):
+        x, delta, B, C = chunk
+        _, state = scan(x, delta, selection.A, B, C, initial_state=state, return_final_state=True)
+        return state, jnp.linalg.norm(state.reshape(*state.shape[:2], -1), axis=-1)
+
+    start = jnp.zeros((batch_size, *selection.x.shape[2:], selection.B.shape[-1]), jnp.float32)
+    return jnp.moveaxis(jax.lax.scan(advance, start, chunks)[1], 0, 1)
+
+
+def selection_of_layer(model: LanguageModel, tokens: Int[Array, "batch length"], layer: int) -> Selection:
+    """What the scan of one layer sees while the model reads; only the layers below it are run.
+
+    Raises:
+        ValueError: there is no such layer, or it has no delta.
+    """
+    pattern, places = model.config.pattern, selective_places(model)
+    if not 0 <= layer < model.config.num_layers or layer % len(pattern) not in places:
+        raise ValueError(
+            f"layer {layer} cannot be looked into: choose one from 0 to {model.config.num_layers - 1} that has a "
+            f"delta, at the places {places} of the pattern {pattern!r}."
+        )
+    return _selection_of_layer(model, tokens, layer)
+
+
+@functools.partial(jax.jit, static_argnames="layer")
+def _selection_of_layer(model: LanguageModel, tokens, layer: int) -> Selection:
+    mixer, x = model.mixer_and_input(tokens, layer)
+    return mixer.selection(x)
 
 
 def collect(

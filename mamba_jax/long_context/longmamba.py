@@ -12,28 +12,32 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Bool, Float
 
-from mamba_jax import sharding
-from mamba_jax.long_context.attach import with_extenders
-from mamba_jax.long_context.calibration import Calibration, length_ratios
-from mamba_jax.long_context.delta_scaling import inverse_softplus
+from mamba_jax.long_context.attach import require_layers_that_can_freeze, with_extenders
+from mamba_jax.long_context.calibration import OCTAVES, Calibration, LayerStatistics, length_ratios
 from mamba_jax.long_context.diagnostics import is_global
-from mamba_jax.mixers.selective import FROZEN
+from mamba_jax.long_context.token_filter import TokenFilter
 from mamba_jax.models.language_model import LanguageModel
 
 Channels = Literal["global", "local", "random"]
 
+_STREAMING_STEPS_PER_OCTAVE = 16
+"""Thresholds that a streaming filter has for each doubling of the position: each is at most 4.4 % of it too early."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LongMambaConfig:
-    decay_threshold: float = 1e-30
-    """Decay Th over a training sequence above which a channel is global (1e-30 for Mamba-1, 5e-2 for Mamba-2)."""
+    decay_threshold: float | None = None
+    """Decay Th over a training sequence above which a channel is global. None takes what was published: 1e-30 where a
+    channel has several decay rates (Mamba-1), 5e-2 where it has one (Mamba-2)."""
     length: int | None = None
     """Length S of the whole sequence, answer included, for one g(S); None lets g follow the position (streaming)."""
+    table_step: int | None = None
+    """Round ``length`` to a multiple of this, as the paper's table of g does (1,000); None takes g of the length."""
+    rescale: bool = False
+    """Leave out tokens until as many are left as a training sequence has, and scale their steps to its mean."""
     channels: Channels = "global"
     """Channels that leave out tokens; 'local' and 'random' (as many as are global in the layer) are ablations."""
     layers: int | None = None
@@ -42,7 +46,7 @@ class LongMambaConfig:
     """Decides the random channels."""
 
     def __post_init__(self):
-        if not 0 < self.decay_threshold < 1:
+        if self.decay_threshold is not None and not 0 < self.decay_threshold < 1:
             raise ValueError(
                 f"LongMamba.decay_threshold = {self.decay_threshold} cannot be used: above 0 and below 1, as 1e-30."
             )
@@ -52,6 +56,10 @@ class LongMambaConfig:
             )
         if self.layers is not None and self.layers < 1:
             raise ValueError(f"LongMamba.layers = {self.layers} cannot be used: at least 1, or None for all.")
+        if self.table_step is not None and (self.table_step < 1 or self.length is None):
+            raise ValueError(
+                f"LongMamba.table_step = {self.table_step} cannot be used: at least 1, and only with LongMamba.length."
+            )
 
 
 def apply_longmamba(
@@ -62,82 +70,86 @@ def apply_longmamba(
     Up to the training length, its logits are those of the model, bit for bit.
 
     Raises:
-        ValueError: the calibration is of another model, or ``config.length`` is below the training length.
+        ValueError: the calibration is of another model, ``config.length`` is below the training length, or a layer
+            cannot leave out tokens.
     """
     calibration.require_model(model)
-    if config.length is not None and config.length < calibration.training_length:
+    require_layers_that_can_freeze(model)
+    training_length = calibration.training_length
+    if config.length is not None and config.length < training_length:
         raise ValueError(
             f"LongMamba.length = {config.length} cannot be used: at least the training length "
-            f"({calibration.training_length}); shorter sequences need no extension, use the model itself."
+            f"({training_length}); shorter sequences need no extension, use the model itself."
         )
-    chosen = _chosen_channels(calibration, config)
+    ratios = _ratios(config, training_length)
+    last_positions = _last_positions(ratios, training_length) if config.length is None else ()
+    chosen = chosen_channels(calibration, config)
+
+    def token_filter(layers: LayerStatistics, channels: Bool[np.ndarray, "repeats channels"]) -> TokenFilter:
+        thresholds = layers.count_thresholds if config.rescale else layers.thresholds
+        scales = interpolated(layers.count_scales, ratios) if config.rescale else None
+        return TokenFilter(
+            np.where(channels[:, None], interpolated(thresholds, ratios), 0.0),
+            scales=None if scales is None else np.where(channels[:, None], scales, 1.0),
+            last_positions=last_positions,
+        )
+
     return with_extenders(
-        model,
-        {
-            place: TokenFilter(
-                np.where(chosen[place][:, None], layers.thresholds, 0.0),
-                training_length=calibration.training_length,
-                length=config.length,
-            )
-            for place, layers in calibration.places.items()
-        },
+        model, {place: token_filter(layers, chosen[place]) for place, layers in calibration.places.items()}
     )
 
 
-class TokenFilter(nnx.Module):
-    """delta -> 0 where delta <= g: the token neither decays the state nor enters it (eq. 17)."""
-
-    def __init__(
-        self,
-        thresholds: Float[np.ndarray, "*repeats lengths channels"],
-        *,
-        training_length: int,
-        length: int | None = None,
-    ):
-        # Compared before the softplus, where delta comes from: what is kept passes as it is, to the last bit.
-        before_softplus = inverse_softplus(jnp.asarray(thresholds, jnp.float32))
-        self.thresholds = nnx.data(jnp.where(thresholds > 0, before_softplus, -jnp.inf))
-        self.training_length = training_length
-        self.length = length
-
-    def __call__(
-        self,
-        delta: Float[Array, "batch length channels"],
-        bias: Float[Array, " channels"],
-        position: Int[Array, "batch length"],
-    ) -> Float[Array, "batch length channels"]:
-        last_positions = _last_positions(self.training_length)
-        spec = sharding.spec_of(delta)
-        if self.length is None:
-            entry = jnp.sum(position[..., None] > last_positions, axis=-1)
-        else:
-            entry = jnp.full((1, 1), np.sum(self.length > last_positions))
-            spec = (None, None, spec[-1])
-        threshold = self.thresholds.at[entry].get(out_sharding=sharding.out_sharding(*spec))
-        return jnp.where(delta + bias <= threshold, jnp.asarray(FROZEN, delta.dtype), delta)
-
-
-def _last_positions(training_length: int) -> Int[np.ndarray, " lengths_but_last"]:
-    """Last position at which each entry of a table of thresholds holds; the last entry holds for ever after."""
-    next_lengths = np.ceil(training_length * length_ratios()[1:])
-    last = np.maximum(next_lengths - 1, training_length)
-    return np.minimum(last, np.iinfo(np.int32).max).astype(np.int32)
-
-
-def _chosen_channels(calibration: Calibration, config: LongMambaConfig) -> dict[int, np.ndarray]:
-    """Masks (repeats, channels) by place of the channels that leave out tokens."""
+def chosen_channels(
+    calibration: Calibration, config: LongMambaConfig = LongMambaConfig()
+) -> dict[int, Bool[np.ndarray, "repeats channels"]]:
+    """Marks the channels that leave out tokens, by place in the model's pattern."""
     decays = {place: layers.log_decay.astype(np.float64) for place, layers in calibration.places.items()}
     least = _least_decay_of_top_layers(decays, config.layers)
     random = np.random.default_rng(config.seed)
     chosen = {}
     for place, decay in decays.items():
-        mask = is_global(decay, config.decay_threshold)
+        mask = is_global(decay, decay_threshold(calibration.places[place], config))
         if config.channels == "local":
             mask = ~mask
         if config.channels == "random":
             mask = random.permuted(mask, axis=1)
         chosen[place] = mask & (np.exp(decay).mean(axis=1, keepdims=True) >= least)
     return chosen
+
+
+def decay_threshold(layers: LayerStatistics, config: LongMambaConfig) -> float:
+    """Decay Th above which a channel of these layers is global."""
+    if config.decay_threshold is not None:
+        return config.decay_threshold
+    return 1e-30 if layers.decay_rates > 1 else 5e-2
+
+
+def interpolated(
+    table: Float[np.ndarray, "repeats measured channels"], ratios: Float[np.ndarray, " lengths"]
+) -> Float[np.ndarray, "repeats lengths channels"]:
+    """A calibration's table at other lengths S/L than it was measured at: linear in the logarithm of the length."""
+    measured = np.log2(length_ratios())
+    wanted = np.clip(np.log2(ratios), measured[0], measured[-1])
+    below = np.clip(np.searchsorted(measured, wanted, side="right") - 1, 0, len(measured) - 2)
+    weight = ((wanted - measured[below]) / (measured[below + 1] - measured[below]))[:, None].astype(table.dtype)
+    return table[:, below] * (1 - weight) + table[:, below + 1] * weight
+
+
+def _ratios(config: LongMambaConfig, training_length: int) -> Float[np.ndarray, " lengths"]:
+    """Lengths S/L that the filter has a threshold for."""
+    if config.length is None:
+        return 2.0 ** (np.arange(OCTAVES * _STREAMING_STEPS_PER_OCTAVE + 1) / _STREAMING_STEPS_PER_OCTAVE)
+    length = config.length
+    if config.table_step is not None:
+        length = max(round(length / config.table_step) * config.table_step, training_length)
+    return np.array([length / training_length])
+
+
+def _last_positions(ratios: Float[np.ndarray, " lengths"], training_length: int) -> tuple[int, ...]:
+    """Last position at which each threshold but the last holds; that holds for ever after."""
+    next_lengths = np.ceil(training_length * ratios[1:])
+    last = np.maximum(next_lengths - 1, training_length)
+    return tuple(np.minimum(last, np.iinfo(np.int32).max).astype(int).tolist())
 
 
 def _least_decay_of_top_layers(decays: dict[int, np.ndarray], layers: int | None) -> float:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from mamba_jax import initializers, sharding
 from mamba_jax.layers.linear import Linear
 from mamba_jax.mixers.base import Leaf
-from mamba_jax.mixers.selective import Extender, Selection, extend
+from mamba_jax.mixers.selective import Extender, Selection, extend, init_position
 from pallas_kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from pallas_kernels.causal_conv1d import flops as causal_conv1d_flops
 from pallas_kernels.selective_scan import flops as selective_scan_flops
@@ -76,6 +76,7 @@ class Mamba1(nnx.Module):
     """in_proj -> (x, z); x -> conv, SiLU -> (delta, B, C) -> selective scan, gated by SiLU(z) -> out_proj."""
 
     extender: Extender | None = None
+    delta_floor = 0.0
 
     def __init__(self, config: Mamba1Config, width: int, *, num_layers: int, compute_dtype: DTypeLike, rngs: nnx.Rngs):
         channels = config.expand * width
@@ -183,11 +184,18 @@ class Mamba1(nnx.Module):
         )
         return self.out_proj(y), Mamba1State(conv=conv_state, ssm=ssm_state, position=position)
 
-    def selection(self, x: Float[Array, "batch length width"]) -> Selection:
+    def selection(
+        self,
+        x: Float[Array, "batch length width"],
+        *,
+        state: Mamba1State | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> Selection:
         x, _ = self._project_in(x)
-        x, _ = self._convolve(x, None, None)
+        x, _ = self._convolve(x, None if state is None else state.conv, segment_ids)
         delta, B, C = self._select(x)
-        delta, _ = extend(self.extender, delta, self.dt_bias[...])
+        position = None if state is None else state.position
+        delta, _ = extend(self.extender, delta, self.dt_bias[...], position=position, segment_ids=segment_ids)
         return Selection(x, jax.nn.softplus(delta.astype(jnp.float32) + self.dt_bias[...]), self._A(), B, C)
 
     def init_state(self, batch_size: int) -> Mamba1State:
@@ -197,9 +205,7 @@ class Mamba1(nnx.Module):
         return Mamba1State(
             conv=sharding.reshard(jnp.zeros(conv_shape, self.compute_dtype), (sharding.BATCH, None, sharding.TENSOR)),
             ssm=sharding.reshard(jnp.zeros(ssm_shape, jnp.float32), (sharding.BATCH, sharding.TENSOR, None)),
-            position=None
-            if self.extender is None
-            else sharding.reshard(jnp.zeros((batch_size,), jnp.int32), (sharding.BATCH,)),
+            position=init_position(self.extender, batch_size),
         )
 
     def flops(self, length: int) -> int:

@@ -16,6 +16,7 @@ from mamba_jax.layers.linear import Linear
 from mamba_jax.layers.norm import GatedRMSNorm
 from mamba_jax.layers.short_convolution import ShortConvolution
 from mamba_jax.mixers.base import Leaf
+from mamba_jax.mixers.selective import Extender, Selection, extend, init_position
 from pallas_kernels.ssd import flops as ssd_flops
 from pallas_kernels.ssd import ssd, ssd_step
 
@@ -111,6 +112,8 @@ class Mamba2State:
     """Last inputs of the convolution of B and C, (batch, conv_width - 1, groups x 2 x state) in the compute dtype."""
     ssm: Leaf
     """State h, (batch, heads, head_dim, state) in float32."""
+    position: Leaf | None = None
+    """Tokens of the document so far, (batch,), where the layer has an extender."""
 
 
 class Mamba2(nnx.Module):
@@ -119,6 +122,8 @@ class Mamba2(nnx.Module):
     The published in_proj and conv1d are stored as the parts that a mesh shards differently: by heads, or by groups.
     So neither taking them apart nor sharding them over ``tensor`` moves anything.
     """
+
+    extender: Extender | None = None
 
     def __init__(self, config: Mamba2Config, width: int, *, num_layers: int, compute_dtype: DTypeLike, rngs: nnx.Rngs):
         heads, groups = config.num_heads(width), config.groups
@@ -181,6 +186,13 @@ class Mamba2(nnx.Module):
         z, x, BC, delta = self._project_in(x)
         x, conv_x = self.conv_x(x, state=None if state is None else state.conv_x, segment_ids=segment_ids)
         BC, conv_BC = self.conv_BC(BC, state=None if state is None else state.conv_BC, segment_ids=segment_ids)
+        delta, position = extend(
+            self.extender,
+            delta,
+            self.dt_bias[...],
+            position=None if state is None else state.position,
+            segment_ids=segment_ids,
+        )
         y, ssm = ssd(
             *self._ssd_inputs(x, BC, delta),
             **self._ssd_options(),
@@ -189,7 +201,7 @@ class Mamba2(nnx.Module):
             return_final_state=True,
             implementation=self.config.implementation,
         )
-        return self._project_out(y, z), Mamba2State(conv_x, conv_BC, ssm)
+        return self._project_out(y, z), Mamba2State(conv_x, conv_BC, ssm, position)
 
     def step(
         self, x: Float[Array, "batch width"], state: Mamba2State
@@ -197,8 +209,29 @@ class Mamba2(nnx.Module):
         z, x, BC, delta = self._project_in(x)
         x, conv_x = self.conv_x.step(x, state.conv_x)
         BC, conv_BC = self.conv_BC.step(BC, state.conv_BC)
-        y, ssm = ssd_step(state.ssm, *self._ssd_inputs(x, BC, delta), **self._ssd_options())
-        return self._project_out(y, z), Mamba2State(conv_x, conv_BC, ssm)
+        delta, position = extend(self.extender, delta[:, None], self.dt_bias[...], position=state.position)
+        y, ssm = ssd_step(state.ssm, *self._ssd_inputs(x, BC, delta[:, 0]), **self._ssd_options())
+        return self._project_out(y, z), Mamba2State(conv_x, conv_BC, ssm, position)
+
+    @property
+    def delta_floor(self) -> float:
+        return self.config.delta_limit_min
+
+    def selection(
+        self,
+        x: Float[Array, "batch length width"],
+        *,
+        state: Mamba2State | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> Selection:
+        _, x, BC, delta = self._project_in(x)
+        x, _ = self.conv_x(x, state=None if state is None else state.conv_x, segment_ids=segment_ids)
+        BC, _ = self.conv_BC(BC, state=None if state is None else state.conv_BC, segment_ids=segment_ids)
+        position = None if state is None else state.position
+        delta, _ = extend(self.extender, delta, self.dt_bias[...], position=position, segment_ids=segment_ids)
+        x, delta, A, B, C, _ = self._ssd_inputs(x, BC, delta)
+        delta = jax.nn.softplus(delta.astype(jnp.float32) + self.dt_bias[...])
+        return Selection(x, jnp.clip(delta, *self.config.delta_limit), A, B, C)
 
     def init_state(self, batch_size: int) -> Mamba2State:
         heads, head_dim = self.norm.weight.shape
@@ -207,6 +240,7 @@ class Mamba2(nnx.Module):
             conv_x=self.conv_x.init_state(batch_size),
             conv_BC=self.conv_BC.init_state(batch_size),
             ssm=sharding.reshard(ssm, (sharding.BATCH, sharding.TENSOR, None, None)),
+            position=init_position(self.extender, batch_size),
         )
 
     def flops(self, length: int) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mamba_jax import sharding
@@ -54,7 +55,7 @@ class Selection:
     delta: Leaf
     """Step sizes after extender, bias and softplus, (batch, length, channels) in float32."""
     A: Leaf
-    """State matrix, (channels, state), or (channels,) where it is the same number for the whole state."""
+    """Decay rates, (channels, state), or (channels,) where one rate is that of the whole state."""
     B: Leaf
     """Input matrix, (batch, length, state) or (batch, length, groups, state)."""
     C: Leaf
@@ -67,9 +68,17 @@ class SelectiveMixer(Mixer, Protocol):
 
     extender: Extender | None
     """Changes delta before the scan; None leaves it as trained."""
+    delta_floor: float
+    """Least step size that the scan takes, whatever the extender says. Above 0, no token can be left out."""
 
-    def selection(self, x: Float[Array, "batch length width"]) -> Selection:
-        """What the scan sees when ``__call__`` is given ``x`` as the start of a sequence."""
+    def selection(
+        self,
+        x: Float[Array, "batch length width"],
+        *,
+        state: Any = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> Selection:
+        """What the scan sees when ``__call__`` is given the same. Its states have the ``position`` of ``extend``."""
         ...
 
 
@@ -96,8 +105,16 @@ def extend(
     if extender is None:
         return delta, None
     batch_size, length, _ = delta.shape
-    positions = document_positions(batch_size, length, position, segment_ids)
-    return extender(delta, bias, positions), positions[:, -1]
+    began = _beginnings(batch_size, length, position, segment_ids)
+    # The last position by itself: an extender that asks for no other does not pay for them.
+    return extender(delta, bias, _positions(began)), length - jnp.max(began, axis=1)
+
+
+def init_position(extender: Extender | None, batch_size: int) -> Int[Array, " batch"] | None:
+    """Position before the first token, as ``extend`` takes it and a mixer's ``init_state`` keeps it."""
+    if extender is None:
+        return None
+    return sharding.reshard(jnp.zeros((batch_size,), jnp.int32), (sharding.BATCH,))
 
 
 def document_positions(
@@ -114,13 +131,36 @@ def document_positions(
         before: tokens of the first token's document that came earlier; None for none.
         segment_ids: number of the document each token belongs to; None where each row is of one document.
     """
-    index = jnp.arange(length, dtype=jnp.int32)
+    return _positions(_beginnings(batch_size, length, before, segment_ids))
+
+
+def _beginnings(batch_size, length, before, segment_ids) -> Int[Array, "batch length"]:
+    """The index of each token that begins a document; elsewhere that at which the first one began, perhaps below 0."""
     before = jnp.zeros((batch_size,), jnp.int32) if before is None else before
-    # The index at which each token's document began; negative for one that began in an earlier chunk.
-    began = jnp.broadcast_to(-before[:, None], (batch_size, length))
-    if segment_ids is not None:
-        # Few integers: brought together, so that running along a sharded sequence needs no exchange of its own.
-        segment_ids = sharding.reshard(segment_ids, (sharding.BATCH, None))
-        began = sharding.reshard(began, (sharding.BATCH, None))
-        began = jax.lax.cummax(jnp.where(segment_starts(segment_ids), index, began), axis=1)
-    return sharding.reshard(index - began + 1, (sharding.BATCH, None))
+    began = sharding.reshard(jnp.broadcast_to(-before[:, None], (batch_size, length)), (sharding.BATCH, None))
+    if segment_ids is None:
+        return began
+    # Few integers: brought together, so that running along a sharded sequence needs no exchange of its own.
+    starts = segment_starts(sharding.reshard(segment_ids, (sharding.BATCH, None)))
+    return jnp.where(starts, jnp.arange(length, dtype=jnp.int32), began)
+
+
+def _positions(began: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+    index = jnp.arange(began.shape[1], dtype=jnp.int32)
+    return sharding.reshard(index - _running_max(began) + 1, (sharding.BATCH, None))
+
+
+def _running_max(x: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """``jax.lax.cummax`` along the length, in two steps where its own, on a GPU, are many and small."""
+    batch_size, length = x.shape
+    lowest = np.iinfo(np.int32).min
+    block = 1 << (length.bit_length() // 2)
+
+    def up_to_each(x):
+        index = jnp.arange(x.shape[-1])
+        return jnp.max(jnp.where(index <= index[:, None], x[..., None, :], lowest), axis=-1)
+
+    blocks = jnp.pad(x, ((0, 0), (0, -length % block)), constant_values=lowest).reshape(batch_size, -1, block)
+    in_block = up_to_each(blocks)
+    before_block = jnp.pad(up_to_each(in_block[..., -1])[:, :-1], ((0, 0), (1, 0)), constant_values=lowest)
+    return jnp.maximum(in_block, before_block[..., None]).reshape(batch_size, -1)[:, :length]

@@ -140,18 +140,8 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "batch length"] | None = None,
     ) -> tuple[Float[Array, "batch length width"], Any]:
         """What the output layer sees, in the compute dtype, and the state after the last token."""
-        x = self._embed(tokens)
-
-        def repeat(x, blocks_and_states):
-            blocks, states = blocks_and_states
-            new_states = []
-            for block, block_state in zip(blocks, states, strict=True):
-                x, block_state = block(x, state=block_state, segment_ids=segment_ids)
-                new_states.append(block_state)
-            return x, tuple(new_states)
-
         states = (None,) * len(self.config.pattern) if state is None else state
-        x, state = jax.lax.scan(self._checkpointed(repeat), x, (tuple(self.blocks), states))
+        x, state = self._repeat_blocks(self._embed(tokens), tuple(self.blocks), states, segment_ids)
         return self._output(x), state
 
     def step(self, token: Int[Array, " batch"], state: Any) -> tuple[Float[Array, "batch vocabulary"], Any]:
@@ -189,6 +179,16 @@ class LanguageModel(nnx.Module):
 
         return jax.lax.scan(repeat, self._embed(tokens), tuple(self.blocks))[1]
 
+    def mixer_and_input(self, tokens: Int[Array, "batch length"], layer: int) -> tuple[Any, Any]:
+        """The mixer of one layer, counted from the bottom, and the sequence it sees; runs the layers below it."""
+        repeat, place = divmod(layer, len(self.config.pattern))
+        below = jax.tree.map(lambda stacked: stacked[:repeat], tuple(self.blocks))
+        x, _ = self._repeat_blocks(self._embed(tokens), below, (None,) * len(below), None)
+        blocks = jax.tree.map(lambda stacked: stacked[repeat], tuple(self.blocks))
+        for block in blocks[:place]:
+            x, _ = block(x, state=None, segment_ids=None)
+        return blocks[place].mixer, blocks[place].normalise(x)
+
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocabulary"]:
         """Scores of every token of the vocabulary, float32."""
         weight = self.output_weight()
@@ -215,6 +215,18 @@ class LanguageModel(nnx.Module):
     @property
     def _compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.compute_dtype)
+
+    def _repeat_blocks(self, x, blocks, states, segment_ids):
+        """Residual stream and states after stacked blocks, one or more of each place of the pattern."""
+
+        def repeat(x, blocks_and_states):
+            new_states = []
+            for block, block_state in zip(*blocks_and_states, strict=True):
+                x, block_state = block(x, state=block_state, segment_ids=segment_ids)
+                new_states.append(block_state)
+            return x, tuple(new_states)
+
+        return jax.lax.scan(self._checkpointed(repeat), x, (blocks, states))
 
     def _embed(self, tokens):
         return self.embedding(tokens, jnp.float32 if self.config.residual_in_float32 else self._compute_dtype)

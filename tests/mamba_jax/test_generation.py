@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba_jax.generation import Sampling, generate, prefill, sample, stream
+from mamba_jax.generation import Sampling, generate, prefill, prefill_prompts, sample, stream
 from tests.mamba_jax import golden
 
 GREEDY = Sampling(temperature=0.0)
@@ -51,6 +51,28 @@ def test_a_stream_gives_the_same_tokens(model, tokens_at_a_time):
     parts = list(stream(model, PROMPTS, max_new_tokens=11, seed=1, tokens_at_a_time=tokens_at_a_time))
     assert len(parts) == -(-11 // tokens_at_a_time)
     assert [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)] == whole
+
+
+@pytest.mark.parametrize("chunk_size", [8, 16, 24, 1000])
+def test_prompts_read_in_chunks_are_continued_as_if_read_at_once(model, chunk_size):
+    # Ending together, prompts begin within chunks, at a boundary between two, and at the very first token.
+    prompts = [[i % 40 for i in range(length)] for length in (48, 40, 33, 16, 8, 1)]
+    whole, whole_state = prefill_prompts(model, prompts)
+    chunked, state = prefill_prompts(model, prompts, chunk_size=chunk_size)
+    np.testing.assert_allclose(chunked, whole, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state, whole_state)
+    expected = generate(model, prompts, max_new_tokens=9, sampling=GREEDY)
+    assert generate(model, prompts, max_new_tokens=9, sampling=GREEDY, prefill_chunk=chunk_size) == expected
+
+
+def test_a_prompt_may_be_an_array(model):
+    arrays = [np.array(prompt, np.uint8) for prompt in PROMPTS]
+    assert generate(model, arrays, max_new_tokens=5, seed=2) == generate(model, PROMPTS, max_new_tokens=5, seed=2)
+
+
+def test_a_chunk_of_no_tokens_is_refused(model):
+    with pytest.raises(ValueError, match="chunk_size = 0"):
+        generate(model, PROMPTS, max_new_tokens=1, prefill_chunk=0)
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33, 140])

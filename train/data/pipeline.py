@@ -12,22 +12,28 @@ A batch is a dict of NumPy arrays, each (rows, sequence_length):
 
 A target is never the token of another document than its input: the separator ends the one document as a target and
 begins the next as an input. So nothing but padding is left out of the loss.
+
+Where ``Task.name`` says so, examples are instead those that ``train.tasks.training`` makes of the split.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import grain
 import numpy as np
 
-from train.config import DataConfig
+from train.config import DataConfig, TaskConfig
 from train.data.stdlib import stdlib_corpus
 from train.data.storage import read_corpus
 from train.data.tokens import Corpus, Tokens
 from train.errors import UserError
+from train.tasks.training import TaskRows
 
 Batch = dict[str, np.ndarray]
+
+_TEXT = TaskConfig(name="text")
 
 _ENDLESS = 1 << 52
 """Examples of an endless run; grain counts batches in floating point, where this is still exact."""
@@ -43,47 +49,74 @@ def load(data: DataConfig) -> Corpus:
 
 
 def train_batches(
-    data: DataConfig, tokens: Tokens, *, seed: int, process_index: int = 0, process_count: int = 1
+    data: DataConfig,
+    tokens: Tokens,
+    *,
+    seed: int,
+    task: TaskConfig = _TEXT,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> TrainBatches:
     """Batches for ever: every epoch is all examples once, in a new order that the seed decides.
+
+    Examples of a task are new ones for ever.
 
     Args:
         data: sequence length, global batch size and how far to read ahead.
         tokens: split to read.
         seed: from 0 to 2**32 - 1.
+        task: what is made of the split.
         process_index: which of the ``process_count`` equal runs of consecutive rows of each global batch to read.
         process_count: parts a global batch is read in, one a process.
 
     Raises:
         UserError: the split is shorter than a sequence, or the batch does not divide by the processes.
     """
-    if tokens.targets < data.sequence_length:
-        raise UserError(
-            f"Data.sequence_length = {data.sequence_length} is longer than the data: the training split of "
-            f"{data.source!r} has {tokens.targets} tokens to predict; use a shorter sequence or more text."
-        )
-    examples = grain.MapDataset.source(_Examples(tokens, data.sequence_length)).seed(seed).shuffle().repeat()
-    rows = _Rows(examples, _ENDLESS, data, process_index, process_count)
-    batches = grain.MapDataset.source(rows).batch(rows.per_process).to_iter_dataset(_read_options(data))
     identity = {
         "corpus": tokens.fingerprint,
         "seed": seed,
         "sequence_length": data.sequence_length,
         "global_batch_size": data.global_batch_size,
     }
+    if task.name != "text":
+        examples = TaskRows(task, data, tokens, seed=seed, is_training=True)
+        identity["task"] = dataclasses.asdict(task)
+    else:
+        examples = _shuffled_examples(data, tokens, seed)
+    rows = _Rows(examples, _ENDLESS, data, process_index, process_count)
+    batches = grain.MapDataset.source(rows).batch(rows.per_process).to_iter_dataset(_read_options(data))
     return TrainBatches(iter(batches), identity)
 
 
+def _shuffled_examples(data: DataConfig, tokens: Tokens, seed: int) -> grain.MapDataset[Batch]:
+    if tokens.targets < data.sequence_length:
+        raise UserError(
+            f"Data.sequence_length = {data.sequence_length} is longer than the data: the training split of "
+            f"{data.source!r} has {tokens.targets} tokens to predict; use a shorter sequence or more text."
+        )
+    return grain.MapDataset.source(_Examples(tokens, data.sequence_length)).seed(seed).shuffle().repeat()
+
+
 def held_out_batches(
-    data: DataConfig, tokens: Tokens, *, process_index: int = 0, process_count: int = 1
+    data: DataConfig,
+    tokens: Tokens,
+    *,
+    task: TaskConfig = _TEXT,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.IterDataset[Batch]:
     """Every target of the split once, in the order of the text; each ``iter`` of the result is a pass.
 
     The last batch is filled up with rows of ``loss_weights`` 0, so all have the same shape, and every process gets the
     same number of them. Arguments and errors are those of ``train_batches``, but a split shorter than a sequence is
-    padded.
+    padded. Of a task there are ``Task.held_out_examples``, of the whole length, with the answers alone to predict.
     """
-    examples = _Examples(tokens, data.sequence_length)
+    if task.name == "text":
+        examples = _Examples(tokens, data.sequence_length)
+    else:
+        count = task.held_out_examples
+        examples = TaskRows(task, data, tokens, seed=seed, is_training=False, count=count)
     rows = _Rows(examples, len(examples), data, process_index, process_count)
     return grain.MapDataset.source(rows).batch(rows.per_process).to_iter_dataset(_read_options(data))
 
@@ -119,9 +152,9 @@ class TrainBatches(grain.DatasetIterator[Batch]):
             UserError: the state was taken over other data, with another seed or with another batch shape.
         """
         differences = [
-            f"{name} was {state.get(name)!r} and is {now!r}"
-            for name, now in self._identity.items()
-            if state.get(name) != now
+            f"{name} was {state.get(name)!r} and is {self._identity.get(name)!r}"
+            for name in dict.fromkeys([*self._identity, *state])
+            if name != "position" and state.get(name) != self._identity.get(name)
         ]
         if differences:
             raise UserError(

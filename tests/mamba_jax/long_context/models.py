@@ -5,8 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
 
+from mamba_jax import sharding
 from mamba_jax.mixers.mamba1 import Mamba1Config
+from mamba_jax.mixers.mamba2 import Mamba2Config
 from mamba_jax.models.language_model import LanguageModel, LanguageModelConfig
 
 VOCAB_SIZE = 40
@@ -19,7 +22,7 @@ def language_model(seed: int = 0, pattern: str = "M", repeats: int = 2, **layers
         width=12,
         pattern=pattern,
         repeats=repeats,
-        layers={"M": Mamba1Config(state_size=3), **layers},
+        layers={"M": Mamba1Config(state_size=3), "2": Mamba2Config(state_size=3, head_dim=2, groups=2), **layers},
         compute_dtype="float32",
     )
     model = config.build(nnx.Rngs(seed))
@@ -27,6 +30,17 @@ def language_model(seed: int = 0, pattern: str = "M", repeats: int = 2, **layers
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(structure, moved)
+
+
+def mesh(**sizes: int) -> jax.sharding.Mesh:
+    """A mesh of CPU devices with these sizes of axes, 1 for all others."""
+    shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
+    return jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Explicit,) * len(shape))
+
+
+def built_on_mesh(model: LanguageModel) -> LanguageModel:
+    """A freshly initialised model of the same config, sharded over the current mesh; on none, the same numbers."""
+    return jax.jit(lambda: model.config.build(nnx.Rngs(0)))()
 
 
 def tokens(seed: int, batch_size: int, length: int):

@@ -4,23 +4,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from mamba_jax import sharding
 from mamba_jax.long_context.calibration import (
     Calibration,
     calibrate,
-    fingerprint,
+    count_thresholds,
     length_ratios,
     sample_sequences,
     thresholds,
 )
 from mamba_jax.long_context.delta_scaling import scale_delta
 from mamba_jax.long_context.diagnostics import collect
-from tests.mamba_jax.long_context.models import TRAINING_LENGTH, language_model, tokens
+from tests.mamba_jax.long_context.models import TRAINING_LENGTH, built_on_mesh, language_model, mesh, tokens
 
 
-@pytest.fixture(scope="module")
-def model():
-    return language_model()
+@pytest.fixture(scope="module", params=["M", "2"], ids=["mamba1", "mamba2"])
+def model(request):
+    return language_model(pattern=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def sequences():
 
 @pytest.fixture(scope="module")
 def calibration(model, sequences):
-    return calibrate(model, sequences)
+    return calibrate(model, sequences, clamp=0.0, source="a text")
 
 
 def assert_equal(actual: Calibration, expected: Calibration) -> None:
@@ -39,12 +42,25 @@ def assert_equal(actual: Calibration, expected: Calibration) -> None:
             assert getattr(actual, field.name) == getattr(expected, field.name)
     for (place, a), (other, e) in zip(actual.places.items(), expected.places.items(), strict=True):
         assert place == other
-        np.testing.assert_array_equal(a.log_decay, e.log_decay)
-        np.testing.assert_array_equal(a.thresholds, e.thresholds)
+        for field in dataclasses.fields(a):
+            np.testing.assert_array_equal(getattr(a, field.name), getattr(e, field.name))
 
 
 def skewed_steps(seed: int, samples: int, channels: int = 3) -> np.ndarray:
     return np.exp(np.random.default_rng(seed).normal(-3, 0.8, (samples, channels)))
+
+
+def test_layers_without_a_delta_are_left_out_and_a_model_of_nothing_else_is_refused(sequences):
+    class Copies(nnx.Module):
+        def __call__(self, x, *, state, segment_ids):
+            return x, None
+
+    model = language_model(pattern="MM")
+    model.blocks[0].mixer = Copies()
+    assert list(calibrate(model, sequences).places) == [1]
+    model.blocks[1].mixer = Copies()
+    with pytest.raises(ValueError, match="model of pattern 'MM' has no layer with a delta to calibrate"):
+        calibrate(model, sequences)
 
 
 @pytest.mark.parametrize("ratio", [1.5, 4.0, 64.0])
@@ -73,21 +89,65 @@ def test_kept_samples_are_the_fewest_largest_that_reach_the_share():
     assert np.all(g[0] < samples.min(axis=0))
 
 
+def test_steps_above_the_count_threshold_are_as_many_as_in_training_and_scaled_to_its_mean():
+    samples = skewed_steps(3, 400)
+    ratios = np.array([1.0, 1.3, 7.0, 250.0, 1e9])
+    g, scales = (np.asarray(table, np.float64) for table in count_thresholds(jnp.asarray(samples, jnp.float32), ratios))
+    for channel, column in enumerate(samples.T.astype(np.float32).astype(np.float64)):
+        for i, expected in enumerate([400, 308, 58, 2, 1]):  # 400 / ratio, rounded up
+            kept = column[column > g[i, channel]]
+            assert len(kept) == expected
+            assert (scales[i, channel] * kept).mean() == pytest.approx(column.mean(), rel=1e-5)
+    assert np.all(g[0] == 0)
+    np.testing.assert_array_equal(scales[0], 1)  # exactly: nothing is to change up to the training length
+
+
+def test_equal_steps_are_kept_or_left_out_together():
+    samples = jnp.repeat(jnp.array([[5.0], [3.0], [2.0], [1.0]]), jnp.array([1, 4, 3, 4]), axis=0)  # they sum to 27
+    ratios = np.array([1.0, 27 / 23, 27 / 17, 27 / 5.1, 27 / 4.9, 99.0])
+    np.testing.assert_array_equal(thresholds(samples, ratios)[:, 0], [0, 1, 2, 2, 3, 3])
+    g, scales = count_thresholds(samples, np.array([1.0, 12 / 8, 12 / 5, 12 / 2, 12.0]))
+    np.testing.assert_array_equal(g[:, 0], [0, 1, 2, 2, 3])
+    np.testing.assert_allclose(scales[:, 0], 27 / 12 / np.array([27 / 12, 23 / 8, 17 / 5, 17 / 5, 5]), rtol=1e-6)
+
+
 def test_decay_and_thresholds_are_those_of_the_collected_steps(model, sequences, calibration):
     for layer, selection in collect(model, sequences).items():
         delta, A = np.asarray(selection.delta, np.float64), np.asarray(selection.A, np.float64)
-        decay = np.log(np.exp(delta[..., None] * A).mean(axis=-1)).sum(axis=1).mean(axis=0)
+        decay = np.log(np.exp(delta[..., None] * A.reshape(len(A), -1)).mean(axis=-1)).sum(axis=1).mean(axis=0)
         np.testing.assert_allclose(calibration.places[0].log_decay[layer], decay, rtol=1e-4)
         samples = jnp.asarray(selection.delta).reshape(-1, delta.shape[-1])
         np.testing.assert_allclose(
             calibration.places[0].thresholds[layer], thresholds(samples, length_ratios()), rtol=1e-5
         )
+        for name, table in zip(
+            ("count_thresholds", "count_scales"), count_thresholds(samples, length_ratios()), strict=True
+        ):
+            np.testing.assert_allclose(getattr(calibration.places[0], name)[layer], table, rtol=1e-5)
+
+
+def test_the_decay_rates_of_a_channel_are_counted(model, calibration):
+    assert calibration.places[0].decay_rates == {"M": 3, "2": 1}[model.config.pattern]
+
+
+def test_beyond_the_longest_ratio_thresholds_are_no_longer_told_apart(calibration):
+    layers = calibration.places[0]
+    longest = layers.longest_ratio[:, None]
+    ratios = length_ratios()[None, :, None]
+    last = layers.thresholds[:, -1:]
+    beyond = np.broadcast_to(ratios > longest, layers.thresholds.shape)
+    assert beyond.any()
+    assert np.all((layers.thresholds == last)[beyond])
+    before = np.broadcast_to(ratios < longest, layers.thresholds.shape)
+    assert np.all((layers.thresholds < last)[before])
 
 
 def test_no_token_is_left_out_at_the_training_length_and_more_with_every_length(calibration):
     table = calibration.places[0].thresholds
     assert length_ratios()[0] == 1
     assert np.all(table[:, 0] == 0)
+    assert np.all(calibration.places[0].count_thresholds[:, 0] == 0)
+    assert np.all(calibration.places[0].count_scales[:, 0] == 1)
     assert np.all(np.diff(table, axis=1) >= 0)
     assert np.all(table[:, -1] > table[:, 1])
 
@@ -98,16 +158,43 @@ def test_clamped_steps_are_at_most_those_of_the_share(model, sequences):
         limit = np.quantile(np.asarray(selection.delta, np.float64).reshape(-1, selection.delta.shape[-1]), 0.8, axis=0)
         assert np.all(clamped.places[0].thresholds[layer] <= limit * (1 + 1e-5))
         delta, A = np.minimum(selection.delta, limit), np.asarray(selection.A, np.float64)
-        decay = np.log(np.exp(delta[..., None] * A).mean(axis=-1)).sum(axis=1).mean(axis=0)
+        decay = np.log(np.exp(delta[..., None] * A.reshape(len(A), -1)).mean(axis=-1)).sum(axis=1).mean(axis=0)
         np.testing.assert_allclose(clamped.places[0].log_decay[layer], decay, rtol=1e-4)
 
 
+def test_the_clamp_is_what_was_published_unless_given(model, sequences, calibration):
+    published = {"M": 0.0, "2": 0.05}[model.config.pattern]
+    default, given = calibrate(model, sequences), calibrate(model, sequences, clamp=published)
+    np.testing.assert_array_equal(default.places[0].thresholds, given.places[0].thresholds)
+    changed = not np.array_equal(default.places[0].thresholds, calibration.places[0].thresholds)
+    assert changed == (published > 0)
+
+
 def test_the_same_model_and_tokens_give_the_same_calibration(model, sequences, calibration):
-    assert_equal(calibrate(model, sequences), calibration)
+    assert_equal(calibrate(model, sequences, clamp=0.0, source="a text"), calibration)
+
+
+def test_a_sharded_model_is_calibrated_like_a_whole_one(model, sequences):
+    batch = sequences[:4]
+    expected = calibrate(built_on_mesh(model), batch)
+    with jax.set_mesh(mesh(data=2, tensor=2)):
+        actual = calibrate(built_on_mesh(model), jax.device_put(batch, P(sharding.BATCH, None)))
+    assert actual.checkpoint == expected.checkpoint
+    for field in dataclasses.fields(actual.places[0]):
+        values = (getattr(calibration.places[0], field.name) for calibration in (actual, expected))
+        np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6)
 
 
 def test_extenders_are_not_calibrated(model, sequences, calibration):
-    assert_equal(calibrate(scale_delta(model, 0.1), sequences), calibration)
+    assert_equal(calibrate(scale_delta(model, 0.1), sequences, clamp=0.0, source="a text"), calibration)
+
+
+def test_text_that_was_calibrated_on_is_not_evaluated_on(calibration):
+    calibration.require_unseen("another text")
+    with pytest.raises(ValueError, match=r"measured on the very text to evaluate on \(a text\)"):
+        calibration.require_unseen("a text")
+    with pytest.raises(ValueError, match="does not say what text it was measured on"):
+        dataclasses.replace(calibration, source=None).require_unseen("a text")
 
 
 def test_a_file_keeps_everything(calibration, tmp_path):
@@ -128,19 +215,6 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         Calibration.load(tmp_path / "missing.npz")
 
 
-def test_any_other_parameters_are_refused(model, calibration):
-    calibration.require_model(model)
-    leaves, structure = jax.tree.flatten(model)
-    for i in range(len(leaves)):
-        changed = [leaf.at[(0,) * leaf.ndim].add(1e-3) if i == j else leaf for j, leaf in enumerate(leaves)]
-        with pytest.raises(ValueError, match="the calibration is of checkpoint"):
-            calibration.require_model(jax.tree.unflatten(structure, changed))
-
-
-def test_a_fingerprint_ignores_extenders(model):
-    assert fingerprint(scale_delta(model, 0.5)) == fingerprint(model)
-
-
 def test_the_seed_decides_the_sequences():
     stream = np.arange(1000)
     first, same, other = (sample_sequences(stream, length=50, count=4, seed=seed) for seed in (0, 0, 1))
@@ -151,7 +225,8 @@ def test_the_seed_decides_the_sequences():
     np.testing.assert_array_equal(sample_sequences(stream[:50], length=50, count=2), np.tile(stream[:50], (2, 1)))
 
 
-def test_too_little_to_calibrate_on_is_refused(model):
+def test_too_little_to_calibrate_on_is_refused():
+    model = language_model()
     with pytest.raises(ValueError, match="are empty"):
         calibrate(model, np.zeros((0, 10), np.int32))
     with pytest.raises(ValueError, match="49 tokens are too few for sequences of length 50"):

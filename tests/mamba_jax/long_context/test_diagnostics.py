@@ -89,6 +89,12 @@ def test_a_channel_that_attends_to_nothing_has_no_receptive_field():
     assert np.all(np.asarray(erf)[[0, 1, 3, 4, 5]] > 0)
 
 
+def test_tiny_weights_have_the_receptive_field_of_large_ones():
+    delta, A, B, C = in_float32(*scan_inputs())
+    expected = diagnostics.effective_receptive_field(delta, A, B, C)
+    np.testing.assert_allclose(diagnostics.effective_receptive_field(delta, A, B, 1e-28 * C), expected, rtol=1e-3)
+
+
 def test_the_receptive_field_needs_memory_for_the_length_and_not_for_the_states():
     def compiled(length):
         delta, matrix = jax.ShapeDtypeStruct((length, 32), jnp.float32), jax.ShapeDtypeStruct((length, 16), jnp.float32)
@@ -122,7 +128,7 @@ def test_a_threshold_that_is_no_decay_is_refused(threshold):
 
 
 def test_frozen_share_counts_steps_of_zero():
-    delta = jnp.array([[0.0, 1.0], [2.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
+    delta = jnp.array([[0.0, 1.0], [2.0, 1e-30], [0.0, 1.0], [0.0, 0.0]])
     np.testing.assert_array_equal(diagnostics.frozen_share(delta), [0.75, 0.25])
 
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,18 +9,19 @@ from flax import nnx
 from mamba_jax.generation import Sampling, generate
 from mamba_jax.long_context.attach import with_extenders, without_extenders
 from mamba_jax.long_context.calibration import calibrate, length_ratios
+from mamba_jax.long_context.delta_scaling import scale_delta
 from mamba_jax.long_context.diagnostics import collect
-from mamba_jax.long_context.longmamba import LongMambaConfig, TokenFilter, apply_longmamba
+from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba, chosen_channels, interpolated
+from mamba_jax.mixers.mamba2 import Mamba2Config
 from tests.mamba_jax.long_context.models import TRAINING_LENGTH, language_model, tokens
 
 # Small models do not decay to 1e-30 in two dozen tokens; this splits their channels in two.
 THRESHOLD = 1e-2
 LENGTH = 4 * TRAINING_LENGTH
-CONFIGS = pytest.mark.parametrize(
-    "config",
-    [LongMambaConfig(THRESHOLD), LongMambaConfig(THRESHOLD, length=LENGTH)],
-    ids=["streaming", "whole"],
-)
+STREAMING = LongMambaConfig(THRESHOLD)
+WHOLE = LongMambaConfig(THRESHOLD, length=LENGTH)
+RESCALED = LongMambaConfig(THRESHOLD, rescale=True)
+CONFIGS = pytest.mark.parametrize("config", [STREAMING, WHOLE, RESCALED], ids=["streaming", "whole", "rescaled"])
 
 
 @jax.jit
@@ -26,14 +29,24 @@ def read(model, tokens, state=None, segment_ids=None):
     return model(tokens, state=state, segment_ids=segment_ids)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return language_model()
+@pytest.fixture(scope="module", params=["M", "2"], ids=["mamba1", "mamba2"])
+def model(request):
+    return language_model(pattern=request.param)
 
 
 @pytest.fixture(scope="module")
 def calibration(model):
-    return calibrate(model, tokens(0, 8, TRAINING_LENGTH))
+    return calibrate(model, tokens(0, 8, TRAINING_LENGTH), clamp=0.0)
+
+
+@pytest.fixture(scope="module")
+def mamba1():
+    return language_model()
+
+
+@pytest.fixture(scope="module")
+def mamba1_calibration(mamba1):
+    return calibrate(mamba1, tokens(0, 8, TRAINING_LENGTH))
 
 
 def frozen(model, sequence) -> np.ndarray:
@@ -41,8 +54,21 @@ def frozen(model, sequence) -> np.ndarray:
     return np.stack([selection.delta == 0 for selection in collect(model, sequence).values()])
 
 
-@CONFIGS
-@pytest.mark.parametrize("cuts", [(1,), (TRAINING_LENGTH, 50), tuple(range(8, LENGTH, 8))])
+def frozen_share_by_layer(model, sequence) -> np.ndarray:
+    return np.array([np.mean(selection.delta == 0) for selection in collect(model, sequence).values()])
+
+
+@pytest.mark.parametrize(
+    ("config", "cuts"),
+    [
+        (STREAMING, (1,)),
+        (STREAMING, (TRAINING_LENGTH, 50)),
+        (STREAMING, tuple(range(8, LENGTH, 8))),
+        (WHOLE, (TRAINING_LENGTH, 50)),
+        (RESCALED, (TRAINING_LENGTH, 50)),
+    ],
+    ids=["streaming 1", "streaming 3", "streaming 12", "whole 3", "rescaled 3"],
+)
 def test_every_chunking_gives_the_same_logits(model, calibration, config, cuts):
     extended, sequence = apply_longmamba(model, calibration, config), tokens(1, 2, LENGTH)
     whole, final = read(extended, sequence)
@@ -53,6 +79,16 @@ def test_every_chunking_gives_the_same_logits(model, calibration, config, cuts):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5)
     for actual, expected in zip(jax.tree.leaves(state), jax.tree.leaves(final), strict=True):
         np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+def test_layers_of_several_kinds_are_extended_together():
+    model, sequence = language_model(pattern="M2", repeats=1), tokens(1, 1, LENGTH)
+    extended = apply_longmamba(model, calibrate(model, tokens(0, 4, TRAINING_LENGTH)), LongMambaConfig(THRESHOLD))
+    assert frozen_share_by_layer(extended, sequence).min() > 0
+    whole, _ = read(extended, sequence)
+    first, state = read(extended, sequence[:, :40])
+    second, _ = read(extended, sequence[:, 40:], state)
+    np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), whole, atol=2e-5)
 
 
 @CONFIGS
@@ -88,9 +124,10 @@ def test_prompts_of_different_lengths_are_continued_as_if_alone(model, calibrati
         assert np.argmax(logits[0, len(prompt) - 1 : -1], axis=-1).tolist() == continuation
 
 
+@pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("length", [None, TRAINING_LENGTH])
-def test_up_to_the_training_length_logits_are_bit_identical(model, calibration, length):
-    extended = apply_longmamba(model, calibration, LongMambaConfig(THRESHOLD, length=length))
+def test_up_to_the_training_length_logits_are_bit_identical(model, calibration, length, rescale):
+    extended = apply_longmamba(model, calibration, LongMambaConfig(THRESHOLD, length=length, rescale=rescale))
     sequence = tokens(5, 3, TRAINING_LENGTH)
     np.testing.assert_array_equal(read(extended, sequence)[0], read(model, sequence)[0])
 
@@ -103,8 +140,9 @@ def test_beyond_the_training_length_logits_change(model, calibration, config):
 
 @pytest.mark.parametrize("channels", ["global", "local", "random"])
 def test_only_chosen_channels_leave_out_tokens(model, calibration, channels):
-    config = LongMambaConfig(THRESHOLD, channels=channels)
-    left_out = frozen(apply_longmamba(model, calibration, config), tokens(7, 2, 8 * TRAINING_LENGTH))
+    config = LongMambaConfig(THRESHOLD, channels=channels, seed=1)
+    sequence = tokens(7, 2, 8 * TRAINING_LENGTH)
+    left_out = frozen(apply_longmamba(model, calibration, config), sequence)
     are_global = calibration.places[0].log_decay > np.log(THRESHOLD)
     assert 0 < are_global.sum() < are_global.size
     chosen = left_out.any(axis=(1, 2))
@@ -113,7 +151,60 @@ def test_only_chosen_channels_leave_out_tokens(model, calibration, channels):
         assert not np.array_equal(chosen, are_global)
     else:
         np.testing.assert_array_equal(chosen, are_global if channels == "global" else ~are_global)
-    assert not frozen(model, tokens(7, 2, 8 * TRAINING_LENGTH)).any()
+    assert not frozen(model, sequence).any()
+
+
+@pytest.mark.parametrize(("pattern", "threshold"), [("M", 1e-30), ("2", 5e-2)])
+def test_thresholds_are_those_published_for_the_kind_of_layer(pattern, threshold):
+    model = language_model(pattern=pattern)
+    calibration = calibrate(model, tokens(0, 2, TRAINING_LENGTH))
+    decays = np.log(threshold) + np.linspace(-1, 1, calibration.places[0].log_decay.size)
+    log_decay = decays.reshape(calibration.places[0].log_decay.shape).astype(np.float32)
+    calibration.places[0] = dataclasses.replace(calibration.places[0], log_decay=log_decay)
+    np.testing.assert_array_equal(chosen_channels(calibration)[0], log_decay > np.log(threshold))
+
+
+def thresholds_after_softplus(model) -> np.ndarray:
+    """The filter's thresholds g as step sizes, (repeats, spans, channels)."""
+    return np.asarray(jax.nn.softplus(model.blocks[0].mixer.extender.thresholds))
+
+
+def test_one_threshold_is_that_of_the_length(mamba1, mamba1_calibration):
+    table, entry = mamba1_calibration.places[0].thresholds, 13
+    config = LongMambaConfig(1e-30, length=round(TRAINING_LENGTH * 2 ** (entry / 8)))
+    weight = 8 * np.log2(config.length / TRAINING_LENGTH) - entry
+    assert abs(weight) < 0.3
+    low, high = sorted((entry, entry + int(np.sign(weight))))
+    expected = table[:, entry] + abs(weight) * (table[:, low + high - entry] - table[:, entry])
+    actual = thresholds_after_softplus(apply_longmamba(mamba1, mamba1_calibration, config))[:, 0]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rescaled_as_many_tokens_are_left_as_in_training_with_its_mean(mamba1, mamba1_calibration):
+    config = LongMambaConfig(1e-30, length=2 * TRAINING_LENGTH, rescale=True)
+    extended = apply_longmamba(mamba1, mamba1_calibration, config)
+    delta = np.asarray(collect(mamba1, tokens(0, 8, TRAINING_LENGTH))[0].delta, np.float64).reshape(-1, 24)
+    kept = delta > thresholds_after_softplus(extended)[0, 0] * (1 + 1e-5)
+    np.testing.assert_allclose(kept.mean(axis=0), 0.5, atol=0.03)  # equal steps are kept together
+    scaled = np.asarray(extended.blocks[0].mixer.extender.scales)[0, 0] * np.where(kept, delta, 0)
+    np.testing.assert_allclose(scaled.sum(axis=0) / kept.sum(axis=0), delta.mean(axis=0), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("length", "rounded"), [(99, 96), (119, 120), (25, TRAINING_LENGTH)])
+def test_the_table_rounds_the_length_to_its_step(mamba1, mamba1_calibration, length, rounded):
+    by_table, exact = (
+        thresholds_after_softplus(apply_longmamba(mamba1, mamba1_calibration, config))
+        for config in (LongMambaConfig(1e-30, length=length, table_step=24), LongMambaConfig(1e-30, length=rounded))
+    )
+    np.testing.assert_array_equal(by_table, exact)
+
+
+def test_between_measured_lengths_tables_are_linear_in_the_logarithm():
+    ratios = length_ratios()
+    table = np.broadcast_to((3 + 2 * np.log2(ratios))[None, :, None], (1, len(ratios), 2))
+    wanted = np.array([1.0, 1.03, 700.0, ratios[-1], 1e9])
+    expected = 3 + 2 * np.log2(np.minimum(wanted, ratios[-1]))
+    np.testing.assert_allclose(interpolated(table, wanted)[0], np.stack([expected] * 2, axis=1), rtol=1e-9)
 
 
 def test_only_the_layers_that_forget_least_leave_out_tokens():
@@ -126,57 +217,9 @@ def test_only_the_layers_that_forget_least_leave_out_tokens():
         assert set(np.flatnonzero(changed)) == set(np.argsort(decay)[-layers:])
 
 
-def filtered(filter_, delta, position=None):
-    """Step sizes after the softplus of one layer and one sequence, (length, channels)."""
-    layer = jax.tree.map(lambda leaf: leaf[0], filter_)
-    position = jnp.arange(1, len(delta) + 1) if position is None else position
-    raw = jnp.log(jnp.expm1(jnp.asarray(delta)))
-    bias = jnp.linspace(-1, 1, delta.shape[1])
-    return jax.nn.softplus(layer((raw - bias)[None], bias, position[None])[0] + bias)
-
-
-def exponential_thresholds(channels: int) -> np.ndarray:
-    """Closed form for exponentially distributed steps of mean 1: the share (1 + g) exp(-g) of their sum is above g."""
-    from scipy.special import lambertw
-
-    g = -lambertw(-1 / (length_ratios() * np.e), k=-1).real - 1
-    return np.broadcast_to(g[:, None], (1, len(g), channels)).clip(min=0)
-
-
-def test_a_known_length_keeps_the_sum_of_a_training_sequence():
-    length, training_length, channels = 16 * 512, 512, 24
-    filter_ = TokenFilter(exponential_thresholds(channels), training_length=training_length, length=length)
-    delta = np.random.default_rng(0).exponential(size=(length, channels)).astype(np.float32)
-    kept = np.asarray(filtered(filter_, delta))
-    assert kept.sum(axis=0).mean() == pytest.approx(training_length, rel=0.03)
-    np.testing.assert_allclose(kept[kept > 0], delta[kept > 0], rtol=1e-4)
-
-
-def test_streaming_keeps_sums_that_grow_with_the_logarithm_of_the_length():
-    length, training_length, channels = 16 * 512, 512, 24
-    filter_ = TokenFilter(exponential_thresholds(channels), training_length=training_length)
-    delta = np.random.default_rng(1).exponential(size=(length, channels)).astype(np.float32)
-    elapsed = np.cumsum(filtered(filter_, delta), axis=0).mean(axis=1)
-    for octave in (1, 2, 3, 4):
-        expected = training_length * (1 + octave * np.log(2))
-        assert elapsed[2**octave * training_length - 1] == pytest.approx(expected, rel=0.04)
-
-
-def test_the_table_is_read_at_the_last_entry_not_beyond_the_position():
-    ratios, training_length = length_ratios(), 100
-    table = np.linspace(0, 3, len(ratios))[None, :, None]
-    filter_ = TokenFilter(table, training_length=training_length)
-    for position in (1, 100, 101, 104, 105, 199, 200, 201, 409600, 2**31 - 1):
-        entry = np.flatnonzero(np.ceil(training_length * ratios) <= max(position, 100))[-1]
-        g = table[0, entry, 0]
-        steps = np.array([[g * 0.999], [g * 1.001]] if g else [[1e-6], [1e-6]], np.float32)
-        kept = np.asarray(filtered(filter_, steps, jnp.full((2,), position)))
-        np.testing.assert_array_equal(kept[:, 0] > 0, [g == 0, True])
-
-
-def test_a_calibration_of_another_model_is_refused(calibration):
+def test_a_calibration_of_another_model_is_refused(mamba1_calibration):
     with pytest.raises(ValueError, match="the calibration is of checkpoint"):
-        apply_longmamba(language_model(seed=9), calibration)
+        apply_longmamba(language_model(seed=9), mamba1_calibration)
 
 
 @pytest.mark.parametrize(
@@ -187,11 +230,23 @@ def test_a_calibration_of_another_model_is_refused(calibration):
         ({"layers": 0}, "LongMamba.layers = 0 cannot be used"),
         ({"decay_threshold": 1.0}, "LongMamba.decay_threshold = 1.0 cannot be used"),
         ({"channels": "some"}, "LongMamba.channels = 'some' cannot be used: one of global, local, random"),
+        ({"table_step": 1000}, "LongMamba.table_step = 1000 cannot be used: at least 1, and only with"),
+        ({"table_step": 0, "length": 99}, "LongMamba.table_step = 0 cannot be used"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(model, calibration, settings, message, no_shape_checks):
+def test_settings_that_cannot_be_used_are_named(mamba1, mamba1_calibration, settings, message, no_shape_checks):
     with pytest.raises(ValueError, match=message):
-        apply_longmamba(model, calibration, LongMambaConfig(**settings))
+        apply_longmamba(mamba1, mamba1_calibration, LongMambaConfig(**settings))
+
+
+def test_layers_that_step_at_every_token_are_refused():
+    model = language_model(pattern="2", **{"2": Mamba2Config(state_size=3, head_dim=2, delta_limit_min=1e-3)})
+    with pytest.raises(
+        ValueError, match=r"layer 0 of the pattern '2' steps its state by at least 0\.001 at each token"
+    ):
+        apply_longmamba(model, calibrate(model, tokens(0, 2, TRAINING_LENGTH)))
+    with pytest.raises(ValueError, match=r"steps its state by at least 0\.001"):
+        scale_delta(model, 0.5)
 
 
 def test_an_extended_model_can_be_had_back(model, calibration):

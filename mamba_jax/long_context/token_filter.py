@@ -1,0 +1,72 @@
+"""The extender that leaves out tokens with small steps."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mamba_jax import sharding
+from mamba_jax.long_context.delta_scaling import inverse_softplus
+from mamba_jax.mixers.selective import FROZEN
+
+
+class TokenFilter(nnx.Module):
+    """delta -> 0 where delta <= g: the token neither decays the state nor enters it (eq. 17).
+
+    What is kept passes to the last bit, or is multiplied by a scale.
+    """
+
+    def __init__(
+        self,
+        thresholds: Float[np.ndarray, "*repeats lengths channels"],
+        *,
+        scales: Float[np.ndarray, "*repeats lengths channels"] | None = None,
+        last_positions: tuple[int, ...] = (),
+    ):
+        """Makes a filter.
+
+        Args:
+            thresholds: g of each of one or more spans of positions; 0 leaves none out.
+            scales: factors of the step sizes that are kept; None and 1 leave them as they are.
+            last_positions: last position of each span but the last, ascending.
+        """
+        # Compared before the softplus, where delta comes from, so that nothing that is kept is rounded.
+        before_softplus = inverse_softplus(jnp.asarray(thresholds, jnp.float32))
+        self.thresholds = nnx.data(jnp.where(thresholds > 0, before_softplus, -jnp.inf))
+        self.scales = None if scales is None else nnx.data(jnp.asarray(scales, jnp.float32))
+        self.last_positions = last_positions
+
+    def __call__(
+        self,
+        delta: Float[Array, "batch length channels"],
+        bias: Float[Array, " channels"],
+        position: Int[Array, "batch length"],
+    ) -> Float[Array, "batch length channels"]:
+        spec = sharding.spec_of(delta)
+        # Integers, made here: as an array of the module they would be parameters to whoever takes gradients.
+        last_positions = np.array(self.last_positions, np.int32)
+        # A sum, not a search: XLA would merge a search with the comparison below and repeat it for every channel.
+        span = jnp.sum(position[..., None] > last_positions, axis=-1)
+        if not self.last_positions:
+            span, spec = jnp.zeros((1, 1), int), (None, None, spec[-1])
+
+        def of_span(table):
+            return table.at[span].get(mode="promise_in_bounds", out_sharding=sharding.out_sharding(*spec))
+
+        # The bias is taken from a table of few rows rather than added to each token.
+        is_small = delta <= of_span(self.thresholds - bias)
+        kept = delta if self.scales is None else _scaled(delta, bias, of_span(self.scales))
+        return jnp.where(is_small, jnp.asarray(FROZEN, delta.dtype), kept)
+
+
+def _scaled(
+    delta: Float[Array, "batch length channels"],
+    bias: Float[Array, " channels"],
+    scale: Float[Array, "#batch #length channels"],
+) -> Float[Array, "batch length channels"]:
+    """What becomes ``scale`` times as large behind bias and softplus; unchanged, to the last bit, by a scale of 1."""
+    scaled = inverse_softplus(scale * jax.nn.softplus(delta + bias)) - bias
+    return jnp.where(scale == 1, delta, scaled.astype(delta.dtype))

@@ -1,0 +1,233 @@
+"""``mamba-jax evaluate --task``, from the command line to files, on an untrained model."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mamba_jax.long_context.calibration import calibrate
+from tests.train.tasks.conftest import TRAINING_LENGTH
+from train import cli
+from train.checkpoint import load_for_inference
+from train.data import pipeline
+from train.tasks import methods, names, plans
+from train.tasks.reading import Reading
+
+
+@pytest.fixture
+def run(capsys, checkpoint):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = cli.main(["evaluate", "--checkpoint", str(checkpoint), *map(str, arguments)])
+        except SystemExit as stop:
+            status = stop.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    trained = load_for_inference(checkpoint)
+    return trained.restore(jax.eval_shape(lambda: trained.experiment.model.build(nnx.Rngs(0))))[1]
+
+
+@pytest.fixture(scope="module")
+def calibration(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibration") / "calibration.npz"
+    sequences = np.random.default_rng(0).integers(97, 123, size=(2, TRAINING_LENGTH))
+    calibrate(model, sequences, source="other text").save(path)
+    return path
+
+
+def test_names_listed_are_those_there_are():
+    assert list(names.TASKS) == list(plans.TASKS)
+    assert list(names.METHODS) == list(methods.METHODS)
+    assert set(names.ABLATIONS) < set(names.METHODS)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "table", "cases", "pictures"),
+    [
+        ("passkey", ("--lengths", "200,512", "--depths", "0,1", "--tries", 2), "by_length", 4, ("map", "curve")),
+        ("document_retrieval", ("--documents", "1,3", "--tries", 2), "by_documents", 2, ("",)),
+        ("perplexity_by_length", ("--lengths", "128,512", "--tries", 2), "by_length", 2, ("",)),
+    ],
+)
+def test_a_task_leaves_cells_tables_and_pictures(run, calibration, tmp_path, task, options, table, cases, pictures):
+    chosen = ("--methods", "vanilla,longmamba,longmamba_streaming,scaled", "--calibration", calibration)
+    status, out, err = run("--task", task, *options, *chosen, "--chunk", 128, "--output", tmp_path)
+    assert status == 0, err
+    written = json.loads((tmp_path / f"{task}.json").read_text())
+    rows = written[table]
+    assert len(rows) == 8
+    assert all(row["cases"] == cases and row["low"] <= row["value"] <= row["high"] for row in rows)
+    assert {row["method"] for row in rows} == {"vanilla", "longmamba", "longmamba_streaming", "scaled"}
+    if task == "perplexity_by_length":
+        # Of a byte an untrained model knows nothing.
+        assert all(200 < row["value"] < 320 for row in rows)
+    for picture in pictures:
+        name = f"{task}_{picture}.png" if picture else f"{task}.png"
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert out.count("vanilla") == 2
+
+
+def test_a_rerun_measures_only_what_is_new(run, tmp_path, monkeypatch):
+    asked = []
+
+    def answers(model, examples, tokenizer, reading, *, max_new_tokens):
+        asked.append(examples[0].length)
+        return [example.expected if len(asked) == 1 else "" for example in examples]
+
+    monkeypatch.setattr("train.tasks.cell.answers", answers)
+    options = ("--task", "passkey", "--depths", "0.5", "--tries", 4, "--output", tmp_path)
+    assert run(*options, "--lengths", "200")[0] == 0
+    status, _, err = run(*options, "--lengths", "200,300")
+    assert (status, asked) == (0, [200, 300])
+    assert "1 of 2 cells are known already" in err
+    rows = json.loads((tmp_path / "passkey.json").read_text())["by_length"]
+    assert [(row["length"], row["correct"]) for row in rows] == [(200, 4), (300, 0)]
+    assert run(*options, "--lengths", "200", "--seed", 1)[0] == 1  # another evaluation
+    assert run(*options, "--lengths", "200", "--seed", 1, "--overwrite")[0] == 0
+    assert asked == [200, 300, 200]
+
+
+def test_every_method_is_asked_the_same(run, tmp_path, monkeypatch):
+    asked: dict[str, list[bytes]] = {}
+    current: list[str] = []
+
+    def extended(name, model, setting, length):
+        current[:] = [name]
+        return model
+
+    def answers(model, examples, tokenizer, reading, *, max_new_tokens):
+        (name,) = current
+        asked[name] = [example.prompt.tobytes() for example in examples]
+        assert reading.chunk == (None if name == "decimamba" else 1 << 14)
+        return [""] * len(examples)
+
+    monkeypatch.setattr("train.tasks.evaluation.extended", extended)
+    monkeypatch.setattr("train.tasks.cell.answers", answers)
+    status, _, err = run(
+        "--task", "passkey", "--methods", "vanilla,scaled,decimamba", "--depths", "0.5", "--lengths", 300
+    )
+    assert status == 0, err
+    assert asked["vanilla"] == asked["scaled"] == asked["decimamba"]
+    assert len(set(asked["vanilla"])) == 20
+
+
+def test_longbench_is_asked_and_its_answers_kept(run, tmp_path):
+    row = {"context": "It was built in 1889.", "input": "When?", "answers": ["1889"]}
+    (tmp_path / "qasper.jsonl").write_text("\n".join(json.dumps(row) for _ in range(3)))
+    options = ("--task", "longbench", "--data", tmp_path, "--output", tmp_path / "out")
+    status, _, err = run(*options, "--datasets", "qasper", "--max_prompt", 64)
+    assert status == 0, err
+    (scores,) = json.loads((tmp_path / "out" / "longbench.json").read_text())["by_dataset"]
+    assert scores["cases"] == 3
+    cell = json.loads((tmp_path / "out" / "cells.jsonl").read_text().splitlines()[1])
+    assert len(cell["result"]["answers"]) == 3
+    assert (tmp_path / "out" / "longbench.png").exists()
+
+
+def test_a_long_prompt_is_read_in_chunks_with_time_and_memory_by_position(run, tmp_path):
+    options = ("--task", "prefill_scaling", "--lengths", "4K", "--chunk", "512", "--output", tmp_path)
+    status, _, err = run(*options)
+    assert status == 0, err
+    result = json.loads((tmp_path / "cells.jsonl").read_text().splitlines()[1])["result"]
+    assert result["positions"] == list(range(512, 4097, 512))
+    assert all(earlier < later for earlier, later in zip(result["seconds"], result["seconds"][1:], strict=False))
+    assert all(size > 0 for size in result["bytes"])
+    assert (tmp_path / "prefill_scaling.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--task", "passky"], 2, "--task passky: there is no such task. Did you mean passkey?"),
+        (["--task", "passkey", "--methods", "vanila"], 2, "Did you mean vanilla?"),
+        (["--task", "passkey", "--methods", ","], 2, "give at least one"),
+        (["--task", "passkey", "--lengths", "2X"], 2, "'2X' is no number"),
+        (["--task", "passkey", "--depths", "1.5"], 2, "'1.5' is no share from 0 to 1"),
+        (["--task", "passkey", "--documents", "3"], 2, "--documents is of no use to --task passkey, which takes --dep"),
+        (["--lengths", "2K"], 2, "--lengths is an option of tasks"),
+        (["--task", "passkey", "--lengths", "100"], 1, "passkey of 100 tokens is too short"),
+        (["--task", "perplexity_by_length", "--lengths", "50"], 1, "window of 50 tokens is too short"),
+        (["--task", "passkey", "--methods", "longmamba"], 2, "mamba-jax calibrate --checkpoint"),
+        (["--task", "passkey", "--ablations"], 2, "local, random, layers_4"),
+        (["--task", "passkey", "--methods", "longmamba", "--calibration", "no.npz"], 1, "no such file. Make it with"),
+        (["--task", "passkey", "--text", "no.txt"], 1, "cannot read the text no.txt"),
+        (["--task", "document_retrieval", "--documents_file", "no.jsonl"], 1, "cannot read the documents no.jsonl"),
+        (["--task", "longbench"], 2, "--task longbench needs --data"),
+        (["--task", "longbench", "--data", ".", "--datasets", "qaspar"], 2, "Did you mean qasper?"),
+        (["--task", "longbench", "--data", "nowhere"], 1, "Put LongBench's hotpotqa.jsonl there"),
+        (["--task", "prefill_scaling", "--lengths", "1K,2K"], 2, "give one length"),
+        (["--task", "prefill_scaling", "--lengths", "1K"], 2, "two chunks of --chunk 16384"),
+        (["--task", "passkey", "--methods", "longmamba", "--decay_threshold", "2"], 2, "need --calibration FILE"),
+    ],
+)
+def test_mistakes_are_named_with_the_way_out(run, options, status, message):
+    found, out, err = run(*options)
+    assert (found, out) == (status, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_calibration_of_another_model_is_refused(run, calibration, model, tmp_path):
+    other = jax.tree.map(lambda leaf: leaf + 1, model)
+    calibrate(other, np.ones((1, 16), np.int32), source="other text").save(tmp_path / "other.npz")
+    status, _, err = run("--task", "passkey", "--methods", "longmamba", "--calibration", tmp_path / "other.npz")
+    assert status == 1
+    assert "calibration is of checkpoint" in err
+    assert "Make it with: mamba-jax calibrate" in err
+    (tmp_path / "broken.npz").write_text("nothing")
+    status, _, err = run("--task", "passkey", "--methods", "longmamba", "--calibration", tmp_path / "broken.npz")
+    assert (status, "is no calibration file" in err) == (1, True)
+
+
+def test_a_calibration_on_the_text_of_the_evaluation_is_refused(run, checkpoint, model, tmp_path):
+    held_out = pipeline.load(load_for_inference(checkpoint).experiment.data).held_out
+    for source, message in ((held_out.fingerprint, "the very text to evaluate on"), (None, "does not say what text")):
+        calibrate(model, np.ones((1, 16), np.int32), source=source).save(tmp_path / "seen.npz")
+        status, _, err = run("--task", "passkey", "--methods", "longmamba", "--calibration", tmp_path / "seen.npz")
+        assert (status, message in err) == (1, True), err
+
+
+def test_a_method_that_does_not_fit_the_model_says_so(run, calibration, tmp_path):
+    options = ("--task", "passkey", "--methods", "layers_8", "--calibration", calibration, "--lengths", "512")
+    status, _, err = run(*options, "--tries", 1, "--output", tmp_path)
+    assert status == 1
+    assert "the method layers_8 cannot be used on this model: LongMamba.layers = 8" in err
+
+
+def test_methods_without_effect_at_the_training_length_are_the_model(model, calibration):
+    setting = methods.Setting(
+        TRAINING_LENGTH, methods.load_calibration(calibration, ["longmamba"], model, calibration, read="a text")
+    )
+    for name in ("vanilla", "longmamba", "scaled", "local", "decimamba"):
+        assert methods.extended(name, model, setting, TRAINING_LENGTH) is model
+
+
+def test_the_haystack_is_held_out(run, checkpoint, tmp_path, monkeypatch):
+    seen: list[str] = []
+
+    def answers(model, examples, tokenizer, reading: Reading, *, max_new_tokens):
+        seen.extend(tokenizer.decode(example.prompt) for example in examples)
+        return [""] * len(examples)
+
+    monkeypatch.setattr("train.tasks.cell.answers", answers)
+    assert run("--task", "passkey", "--lengths", "600", "--depths", "0", "--output", tmp_path)[0] == 0
+    texts = {path.read_text() for path in (checkpoint.parent / "texts").iterdir()}
+    found = {text for text in texts for prompt in seen if text in prompt}
+    held_out = {text for text in texts if any(text == t for t in _held_out(checkpoint))}
+    assert found
+    assert found <= held_out
+
+
+def _held_out(checkpoint) -> list[str]:
+    corpus = pipeline.load(load_for_inference(checkpoint).experiment.data)
+    return [corpus.tokenizer.decode(ids) for ids in corpus.held_out.iter_documents()]

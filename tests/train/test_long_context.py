@@ -1,0 +1,160 @@
+"""The commands ``calibrate`` and ``inspect``, on a checkpoint of a small model that was never trained."""
+
+import dataclasses
+import json
+
+import grain
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mamba_jax.long_context import calibration as calibrations
+from mamba_jax.mixers import Mamba1Config, Mamba2Config
+from mamba_jax.models.language_model import LanguageModelConfig
+from train import cli
+from train.checkpoint import Checkpointer
+from train.config import DataConfig, Experiment
+from train.data import pipeline
+from train.data.tokenizer import ByteTokenizer
+from train.data.tokens import Corpus, tokens_in_memory
+
+LENGTH = 32
+MODEL = LanguageModelConfig(
+    vocab_size=264,
+    width=16,
+    pattern="M2",
+    repeats=1,
+    layers={"M": Mamba1Config(state_size=3), "2": Mamba2Config(state_size=3, head_dim=4)},
+    compute_dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    tokenizer = ByteTokenizer()
+    random = np.random.default_rng(0)
+    train, held_out = ("".join(random.choice(list(letters), 600)) for letters in ("abcdefgh", "stuvwxyz"))
+    return Corpus(tokens_in_memory([train], tokenizer), tokens_in_memory([held_out], tokenizer), tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def read_corpus(monkeypatch, corpus):
+    monkeypatch.setattr(pipeline, "load", lambda data: corpus)
+
+
+def save(workdir, seed: int, model: LanguageModelConfig = MODEL):
+    experiment = Experiment(model=model, data=DataConfig(sequence_length=LENGTH, global_batch_size=1))
+    built = jax.jit(lambda: model.build(nnx.Rngs(seed)))()
+    with Checkpointer(workdir, experiment, tokenizer=ByteTokenizer().describe()) as checkpointer:
+        checkpointer.save(7, {"model": built}, iter(grain.MapDataset.range(3).to_iter_dataset()))
+    return built
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, save(workdir, 0)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command line; returns its exit status, and what it printed on stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = cli.main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+def test_a_calibration_is_of_the_training_split_and_the_checkpoint(run, checkpoint, corpus, tmp_path):
+    workdir, model = checkpoint
+    status, out, err = run("calibrate", "--checkpoint", workdir, "--out", tmp_path / "c.npz", "--count", 3, "--seed", 5)
+    assert (status, err) == (0, "")
+    assert "calibrated step 7 on 3 sequences of 32 tokens of the training split" in out
+    assert len(out.splitlines()) == 4  # what was done, a heading, two layers
+    measured = calibrations.Calibration.load(tmp_path / "c.npz")
+    sequences = calibrations.sample_sequences(corpus.train.ids, length=LENGTH, count=3, seed=5)
+    expected = calibrations.calibrate(model, sequences, source=corpus.train.fingerprint)
+    for place, layers in expected.places.items():
+        for field in dataclasses.fields(layers):
+            actual = getattr(measured.places[place], field.name)
+            np.testing.assert_allclose(actual, getattr(layers, field.name), rtol=1e-5)
+    measured.require_model(model)
+    measured.require_unseen(corpus.held_out.fingerprint)
+    with pytest.raises(ValueError, match="the very text to evaluate on"):
+        measured.require_unseen(corpus.train.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        (("--length", 9999), 2, "602 tokens are too few for sequences of length 9999"),
+        (("--count", 0), 2, "count = 0"),
+        (("--clamp", 1.0), 1, "clamp = 1.0 cannot be used"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_said(run, checkpoint, tmp_path, arguments, status, expected):
+    actual, _, err = run("calibrate", "--checkpoint", checkpoint[0], "--out", tmp_path / "c.npz", *arguments)
+    assert actual == status
+    assert expected in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "c.npz").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said(run, checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, err = run("calibrate", "--checkpoint", checkpoint[0], "--out", tmp_path / "file" / "c.npz")
+    assert status == 1
+    assert "cannot be written" in err
+
+
+@pytest.mark.slow
+def test_every_figure_of_the_paper_is_drawn_with_its_numbers(run, checkpoint, tmp_path):
+    out = tmp_path / "figures"
+    status, printed, err = run("inspect", "--checkpoint", checkpoint[0], "--out", out, "--length", 4 * LENGTH)
+    assert (status, err) == (0, "")
+    names = {path.stem for path in out.glob("*.png")}
+    assert names == {path.stem for path in out.glob("*.npz")}
+    for number in ("01a", "01b", "07", "08", "09", "10", "15", "16"):
+        assert sum(name.startswith(f"figure_{number}_") for name in names) == 1
+    assert {"channels", "filtered_share", "state_norms"} < names
+    assert len(printed.splitlines()) == len(names)
+    with np.load(out / "figure_01b_attention.npz") as arrays:
+        assert arrays["length"] == 4 * LENGTH
+        assert arrays["log10_attention"].shape[0] == len(arrays["channel"])
+    with np.load(out / "figure_08_decay_with_longmamba.npz") as arrays:
+        np.testing.assert_array_equal(arrays["length"], [LENGTH, 2 * LENGTH, 4 * LENGTH])
+        np.testing.assert_array_equal(arrays["log10_original"][0], arrays["log10_extended"][0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        (("--length", LENGTH), 2, "--length 32 cannot be used: at least twice the training length (64)"),
+        (("--length", 9999), 2, "at most the 602 tokens of the held-out text"),
+        (("--length", 64, "--layer", 2), 2, "--layer 2: the layers with a delta are 0, 1"),
+    ],
+)
+def test_what_cannot_be_inspected_is_said(run, checkpoint, tmp_path, arguments, status, expected):
+    actual, _, err = run("inspect", "--checkpoint", checkpoint[0], "--out", tmp_path / "figures", *arguments)
+    assert (actual, err.count("\n")) == (status, 1), err
+    assert expected in err
+    assert not (tmp_path / "figures").exists()
+
+
+def test_a_calibration_of_another_checkpoint_is_refused(run, checkpoint, tmp_path):
+    save(tmp_path / "other", 1)
+    status, _, _ = run("calibrate", "--checkpoint", tmp_path / "other", "--out", tmp_path / "c.npz", "--count", 1)
+    assert status == 0
+    inspect = ("inspect", "--checkpoint", checkpoint[0], "--out", tmp_path / "figures", "--calibration")
+    status, _, err = run(*inspect, tmp_path / "c.npz")
+    assert status == 1
+    assert "the calibration is of checkpoint" in err
+    (tmp_path / "header.json").write_text(json.dumps({}))
+    for path, expected in (("header.json", "is no calibration file"), ("missing.npz", "No such file")):
+        status, _, err = run(*inspect, tmp_path / path)
+        assert status == 1
+        assert expected in err

@@ -1,0 +1,158 @@
+"""Draws how far a trained model sees, as in the figures of the LongMamba paper, and saves the numbers beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+from matplotlib.figure import Figure
+
+from mamba_jax.long_context import figures, measurements
+from mamba_jax.long_context.calibration import Calibration
+from mamba_jax.models.language_model import LanguageModel
+from train import calibrate
+from train.checkpoint import TrainedModel, load_for_inference
+from train.data import pipeline
+from train.errors import UsageError, UserError
+
+_EXTENSION = 8
+"""The extended sequence is this many times as long as a training sequence, as in the paper's figure 1."""
+
+
+def run(
+    checkpoint: Path,
+    out: Path,
+    *,
+    calibration: Path | None = None,
+    length: int | None = None,
+    layer: int | None = None,
+) -> None:
+    """Writes a PNG and an .npz for each figure; the text is the beginning of the held-out split.
+
+    Args:
+        checkpoint: a run's workdir, or the folder of one of its checkpoints.
+        out: folder to write to, made where there is none.
+        calibration: file of 'mamba-jax calibrate'; None measures with its defaults.
+        length: tokens of the extended sequence; None takes 8 times the training length.
+        layer: layer that figures 1, 7 and 8 show; None takes the middle one of those with a delta.
+
+    Raises:
+        UserError: a file cannot be read or written, or the calibration is of another model.
+        UsageError: there is no such layer, or the length does not fit the text.
+    """
+    trained = load_for_inference(checkpoint)
+    _, model = trained.restore(jax.eval_shape(lambda: trained.experiment.model.build(nnx.Rngs(0))))
+    measured = calibrate.calibrate(trained, model) if calibration is None else _load(calibration, model)
+    length = _EXTENSION * measured.training_length if length is None else length
+    tokens = _held_out_tokens(trained, measured.training_length, length)
+    layers = measurements.layers_of(model, measured)
+    layer = _middle(layers) if layer is None else layer
+    if layer not in layers.is_global:
+        raise UsageError(f"--layer {layer}: the layers with a delta are {', '.join(map(str, layers.is_global))}.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        for name, numbers, figure in _figures(model, measured, layers, tokens, layer):
+            np.savez(out / f"{name}.npz", **_arrays(numbers))
+            figures.save(figure, out / f"{name}.png")
+            print(f"{time.perf_counter() - began:6.1f} s  {out / name}.png", flush=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}.") from None
+
+
+def _figures(
+    model: LanguageModel,
+    calibration: Calibration,
+    layers: measurements.Layers,
+    tokens: Int[Array, "1 length"],
+    layer: int,
+) -> Iterator[tuple[str, Any, Figure]]:
+    """Name, numbers and picture of each figure; numbers in names are the paper's."""
+    training_length, length = layers.training_length, tokens.shape[1]
+    at_training_length = tokens[:, :training_length]
+    doublings = [training_length << i for i in range((length // training_length).bit_length())]
+
+    yield "channels", layers, figures.census(layers)
+
+    five = {layer: layers.pick(layer, local=3, globals_=2)}
+    for part, sequence in (("a", at_training_length), ("b", tokens)):
+        maps = measurements.attention_maps(model, sequence, layers, five)
+        title = f"Hidden attention at {sequence.shape[1]:,} tokens"
+        yield f"figure_01{part}_attention", maps, figures.attention_maps(maps, columns=len(maps.channel), title=title)
+
+    fields = measurements.receptive_fields(model, tokens, layers, layer, layers.pick(layer, local=2, globals_=2))
+    yield "figure_07_receptive_field", fields, figures.receptive_fields(fields)
+
+    slowest = np.argsort(layers.log10_decay[layer])[::-1][:4]
+    decay = measurements.extended_decay(model, calibration, tokens, layers, layer, slowest, doublings)
+    yield "figure_08_decay_with_longmamba", decay, figures.extended_decay(decay)
+
+    for number, shown in zip(range(9, 15), _spread(list(layers.is_global), 6), strict=False):
+        first_24 = np.arange(min(24, layers.is_global[shown].size))
+        curves = measurements.decay_curves(model, tokens, layers, shown, first_24)
+        yield f"figure_{number:02}_decay_layer_{shown}", curves, figures.decay_curves(curves)
+
+    twelve = {
+        shown: np.unique(np.linspace(0, layers.is_global[shown].size - 1, 12).round().astype(int))
+        for shown in _spread(list(layers.is_global), 4)
+    }
+    columns = min(12, *(len(channels) for channels in twelve.values()))
+    for number, sequence in ((15, at_training_length), (16, tokens)):
+        maps = measurements.attention_maps(model, sequence, layers, twelve, pixels=120)
+        title = f"Hidden attention at {sequence.shape[1]:,} tokens"
+        yield f"figure_{number}_attention", maps, figures.attention_maps(maps, columns=columns, title=title)
+
+    share = measurements.filtered_share(model, calibration, tokens, layers, doublings[1:])
+    yield "filtered_share", share, figures.filtered_share(share)
+
+    norms = measurements.state_norms(model, calibration, tokens, layers)
+    yield "state_norms", norms, figures.state_norms(norms)
+
+
+def _load(path: Path, model: LanguageModel) -> Calibration:
+    try:
+        calibration = Calibration.load(path)
+        calibration.require_model(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--calibration {path}: {error}") from None
+    return calibration
+
+
+def _held_out_tokens(trained: TrainedModel, training_length: int, length: int) -> Int[Array, "1 length"]:
+    corpus = pipeline.load(trained.experiment.data)
+    corpus.require_vocabulary(trained.experiment.model.vocab_size)
+    available = len(corpus.held_out.ids)
+    if not 2 * training_length <= length <= available:
+        raise UsageError(
+            f"--length {length} cannot be used: at least twice the training length ({2 * training_length}), at most "
+            f"the {available} tokens of the held-out text."
+        )
+    return jnp.asarray(corpus.held_out.read(0, length), jnp.int32)[None]
+
+
+def _middle(layers: measurements.Layers) -> int:
+    numbers = list(layers.is_global)
+    return numbers[len(numbers) // 2]
+
+
+def _spread(items: list[int], count: int) -> list[int]:
+    """``count`` of the items at even distances, all where there are fewer."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
+
+
+def _arrays(numbers: Any) -> dict[str, Any]:
+    """Fields of a dataclass by name; of a field that has a value a layer, ``NAME_LAYER``."""
+    arrays: dict[str, Any] = {}
+    for field in dataclasses.fields(numbers):
+        value = getattr(numbers, field.name)
+        by_layer = value.items() if isinstance(value, dict) else ()
+        arrays |= {f"{field.name}_{layer}": item for layer, item in by_layer} or {field.name: value}
+    return {name: np.asarray(value) for name, value in arrays.items()}

@@ -1,0 +1,131 @@
+"""Ways to read beyond the training length, by the name they have on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mamba_jax.long_context.calibration import Calibration
+from mamba_jax.long_context.decimamba import DeciMambaConfig, apply_decimamba
+from mamba_jax.long_context.delta_scaling import scale_delta
+from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba
+from mamba_jax.models.language_model import LanguageModel
+from train.errors import UsageError, UserError
+from train.settings import did_you_mean
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting:
+    """What methods may need to know beside the model."""
+
+    training_length: int
+    calibration: Calibration | None
+    """Needed by some methods; ``load_calibration`` makes sure of it."""
+    decay_threshold: float | None = None
+    """LongMamba's; None takes that of ``LongMambaConfig``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    extend: Callable[[LanguageModel, Setting, int], LanguageModel]
+    """Takes the model, and the length of the sequence, answer included."""
+    needs_calibration: bool = False
+    in_chunks: bool = True
+    """Whether a prompt may be read a part at a time."""
+
+
+def _longmamba(**changes) -> Method:
+    def extend(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
+        assert setting.calibration is not None
+        if length <= setting.calibration.training_length:
+            return model  # nothing is left out of so short a sequence
+        return _apply(model, setting, length=length, **changes)
+
+    return Method(extend, needs_calibration=True)
+
+
+def _apply(model: LanguageModel, setting: Setting, **changes) -> LanguageModel:
+    threshold = {} if setting.decay_threshold is None else {"decay_threshold": setting.decay_threshold}
+    assert setting.calibration is not None
+    return apply_longmamba(model, setting.calibration, LongMambaConfig(**{**threshold, **changes}))
+
+
+def _decimamba(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
+    if length <= setting.training_length:
+        return model
+    # As the paper decimates for passkeys: in the middle layer, to the training length.
+    config = DeciMambaConfig(layers=(model.config.num_layers // 2,), base_length=setting.training_length)
+    return apply_decimamba(model, config)
+
+
+def _scaled(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
+    return model if length <= setting.training_length else scale_delta(model, setting.training_length / length)
+
+
+METHODS = {
+    "vanilla": Method(lambda model, setting, length: model),
+    "longmamba": _longmamba(),
+    "longmamba_streaming": Method(lambda model, setting, length: _apply(model, setting), needs_calibration=True),
+    "decimamba": Method(_decimamba, in_chunks=False),
+    "scaled": Method(_scaled),
+    "local": _longmamba(channels="local"),
+    "random": _longmamba(channels="random"),
+    "layers_4": _longmamba(layers=4),
+    "layers_8": _longmamba(layers=8),
+    **{f"threshold_{th:.0e}": _longmamba(decay_threshold=th) for th in (1e-20, 1e-25, 1e-30, 1e-35, 1e-40)},
+}
+
+
+def check_names(names: Sequence[str]) -> list[str]:
+    """The names without repetitions. Raises UsageError for one that no method has."""
+    if not names:
+        raise UsageError("--methods names none: give some of " + ", ".join(METHODS) + ".")
+    for name in names:
+        if name not in METHODS:
+            hint = did_you_mean(name, METHODS)
+            raise UsageError(f"--methods {name}: no method has this name.{hint} There are {', '.join(METHODS)}.")
+    return list(dict.fromkeys(names))
+
+
+def load_calibration(
+    path: Path | None, names: Sequence[str], model: LanguageModel, checkpoint: Path, *, read: str
+) -> Calibration | None:
+    """The calibration, where there is one.
+
+    Args:
+        path: file, if any.
+        names: methods that are to be used.
+        model: what they are to be used on.
+        checkpoint: where it is from.
+        read: names the text of the evaluation by its content.
+
+    Raises:
+        UsageError: a method needs one, and none was given.
+        UserError: the file cannot be read, is of another model, or was made on the text of the evaluation.
+    """
+    make = f"Make it with: mamba-jax calibrate --checkpoint {checkpoint} --out calibration.npz"
+    needing = [name for name in names if METHODS[name].needs_calibration]
+    if path is None:
+        if needing:
+            raise UsageError(f"the methods {', '.join(needing)} need --calibration FILE. {make}")
+        return None
+    try:
+        calibration = Calibration.load(path)
+        calibration.require_model(model)
+        calibration.require_unseen(read)
+    except FileNotFoundError:
+        raise UserError(f"--calibration {path}: there is no such file. {make}") from None
+    except ValueError as error:
+        raise UserError(f"--calibration {path}: {error} {make}") from None
+    return calibration
+
+
+def extended(name: str, model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
+    """The model that a method makes for a length. Raises UserError where it cannot be applied to this model."""
+    try:
+        return METHODS[name].extend(model, setting, length)
+    except ValueError as error:
+        raise UserError(
+            f"the method {name} cannot be used on this model: {error} Or leave it out of --methods."
+        ) from None
