@@ -44,7 +44,10 @@ def test_a_checksum_depends_on_every_bit_and_place():
         sums.add(tuple(np.asarray(_checksum(jnp.asarray(changed))).tolist()))
     for _ in range(50):
         sums.add(tuple(np.asarray(_checksum(jnp.asarray(random.permutation(array.ravel()).reshape(5, 7)))).tolist()))
-    assert len(sums) == 83
+    swapped = array.copy()
+    swapped[1, 2], swapped[2, 1] = array[2, 1], array[1, 2]
+    sums.add(tuple(np.asarray(_checksum(jnp.asarray(swapped))).tolist()))
+    assert len(sums) == 84
 
 
 def test_extenders_do_not_count(model):

@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from mamba_jax.mixers.mamba2 import Mamba2, Mamba2Config
+from pallas_kernels.ssd import ssd
 from tests.mamba_jax.mixers.contract import MixerContract
 
 
@@ -105,3 +106,15 @@ def test_settings_that_cannot_be_used_are_named(field, value):
 def test_heads_that_do_not_fit_the_width_are_a_mistake(config, message):
     with pytest.raises(ValueError, match=message):
         config.build(16, num_layers=1, compute_dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def test_its_selection_is_what_it_scans():
+    mixer = Mamba2Config(head_dim=4, state_size=5, groups=2, delta_limit_min=0.004, delta_limit_max=0.03).build(
+        16, num_layers=1, compute_dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 9, 16))
+    selection = mixer.selection(x)
+    delta = np.asarray(selection.delta)
+    assert (delta.min(), delta.max()) == (np.float32(0.004), np.float32(0.03))
+    y = ssd(selection.x, selection.delta, selection.A, selection.B, selection.C, mixer.D[...])
+    np.testing.assert_allclose(mixer._project_out(y, mixer._project_in(x)[0]), mixer(x)[0], atol=1e-6)
