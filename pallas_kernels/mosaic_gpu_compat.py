@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax._src import config
 from jax.experimental.mosaic.gpu import fragmented_array
 
-__all__ = ["LANES", "WARPS", "plgpu", "register_tile", "store", "synchronize"]
+__all__ = ["LANES", "WARPS", "interpreted", "plgpu", "register_tile", "store", "synchronize"]
 
 WARPS = 4
 """Warps of a warpgroup, which is what Pallas calls a thread on this backend."""
@@ -57,6 +58,11 @@ def synchronize() -> None:
     where such a copy follows. Waiting for copies out, of which there are none in flight, leaves the bare barrier.
     """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def interpreted() -> bool:
+    """Whether kernels that are traced now run in Pallas' interpreter."""
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 def missing_hardware() -> str | None:

@@ -1,0 +1,312 @@
+"""What the SSD kernels share: sizes, moves between memories and registers, and the walk over the chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic_gpu_compat import interpreted, plgpu
+from pallas_kernels.sharding import vary_like
+
+Refs = Mapping[str, Any]
+
+CHUNK = 64
+"""Tokens of a chunk: the rows that one matrix instruction of a warpgroup computes."""
+CHANNELS = 64
+"""Channels of a head, as the kernels see it: wider heads are several of these that decay alike."""
+STATE_UNIT = 64
+"""Sizes of the state are multiples of this: a row of swizzled shared memory in 16-bit numbers."""
+TOKEN_ROWS = 3
+"""Numbers of a head and token in "tokens"; see ``tokens.pack``."""
+
+LAYOUT = plgpu.Layout.WGMMA
+"""Registers of a matrix: 16 rows a warp, as matrix instructions leave their results."""
+ROWS = LAYOUT.reduce(1)
+"""Registers of a number a row of a matrix."""
+COLUMNS = LAYOUT.reduce(0)
+"""Registers of a number a column of a matrix."""
+
+_OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+_COMPILER_PARAMS = plgpu.CompilerParams(
+    approx_math=True,
+    # Every exchange through shared memory is fenced by hand.
+    unsafe_no_auto_barriers=True,
+    # Register layouts are given, not inferred.
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+)
+
+
+class Block(NamedTuple):
+    """Which piece of the problem this warpgroup works on."""
+
+    batch: Any
+    part: Any
+    group: Any
+    head: Any
+    warpgroup: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Shapes of one call, and how it is cut.
+
+    The kernels' inputs are, in 16 bits: "x" and "dy", (batch, length, heads · CHANNELS); "B" and "C", (batch, length,
+    groups · state); "states" and "dstates", (batch, heads, chunks, CHANNELS, state), a state before and a gradient
+    after each chunk. In float32: "tokens", (batch, heads, chunks, TOKEN_ROWS, CHUNK); "D", (heads, CHANNELS); "start",
+    (batch, parts, heads, CHANNELS, state), what a walk begins with. The length is a whole number of chunks.
+    """
+
+    batch: int
+    chunks: int
+    heads: int
+    groups: int
+    state: int
+    warpgroups: int
+    """Heads that a block walks with, a warpgroup each; they share B and C."""
+    stages: int
+    """Chunks in shared memory at once, one in use and the others on their way."""
+    parts: int
+    """Pieces that the length is cut into, which run at the same time; they divide the chunks."""
+
+    @property
+    def chunks_per_part(self) -> int:
+        return self.chunks // self.parts
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.heads // self.groups
+
+    @property
+    def blocks_per_group(self) -> int:
+        return -(-self.heads_per_group // self.warpgroups)
+
+    def block(self) -> Block:
+        """The block and warpgroup that is running.
+
+        Where the heads of a group are no whole number of blocks, warpgroups repeat the last head: they write the same
+        numbers to the same places.
+        """
+        index = lax.axis_index("heads")
+        group = index // self.blocks_per_group
+        warpgroup = lax.axis_index("warpgroup")
+        member = lax.rem(index, self.blocks_per_group) * self.warpgroups + warpgroup
+        head = group * self.heads_per_group + jnp.minimum(member, self.heads_per_group - 1)
+        return Block(lax.axis_index("batch"), lax.axis_index("part"), group, head, warpgroup)
+
+    def states_type(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        """Type of a state a chunk."""
+        return jax.ShapeDtypeStruct((self.batch, self.heads, self.chunks, CHANNELS, self.state), dtype)
+
+    def part_states_type(self) -> jax.ShapeDtypeStruct:
+        """Type of a state a part, in float32."""
+        return jax.ShapeDtypeStruct((self.batch, self.parts, self.heads, CHANNELS, self.state), jnp.float32)
+
+    def tokens_type(self) -> jax.ShapeDtypeStruct:
+        """Type of a number a token and head."""
+        return jax.ShapeDtypeStruct((self.batch, self.heads, self.chunks, CHUNK), jnp.float32)
+
+    def walk_buffers(self, matrices: Sequence[str], signal: str, dtype: Any) -> dict[str, Any]:
+        """Shared memory and barriers of ``walk``."""
+        per_head = (self.warpgroups, self.stages)
+        return {
+            **{name: operand(self.stages, CHUNK, self.state, dtype=dtype) for name in matrices},
+            signal: operand(*per_head, CHUNK, CHANNELS, dtype=dtype),
+            "tokens": plgpu.SMEM((*per_head, TOKEN_ROWS, CHUNK), jnp.float32),
+            "full": plgpu.Barrier(num_arrivals=len(matrices) + 2 * self.warpgroups, num_barriers=self.stages),
+            "free": plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=self.stages),
+        }
+
+    def walk(
+        self,
+        gmem: Refs,
+        smem: Refs,
+        block: Block,
+        matrices: Sequence[str],
+        signal: str,
+        step: Callable[[Any, Refs, Callable[[], None], Any], Any],
+        carry: Any,
+        *,
+        reverse: bool = False,
+    ) -> Any:
+        """Walks over the chunks of the block's part while the next ones are loaded.
+
+        Args:
+            gmem: references to the inputs.
+            smem: references to the buffers of ``walk_buffers``.
+            block: where.
+            matrices: inputs that all warpgroups of the block share.
+            signal: the input of each head.
+            step: ``step(chunk, refs, release, carry) -> carry``, with references to the loaded chunk by name, "tokens"
+                among them. It must call ``release()`` once, when copies out of the last chunk's buffers have ended.
+            carry: passed from chunk to chunk.
+            reverse: whether to start with the last chunk.
+        """
+        count = self.chunks_per_part
+        stages = min(self.stages, count)
+
+        def chunk(i: Any) -> Any:
+            return block.part * count + (count - 1 - i if reverse else i)
+
+        def load(i: Any, slot: Any) -> None:
+            rows, full = chunk_rows(chunk(i)), smem["full"].at[slot]
+            for name in matrices:
+                columns = pl.ds(block.group * self.state, self.state)
+                plgpu.copy_gmem_to_smem(gmem[name].at[block.batch, rows, columns], smem[name].at[slot], full)
+            for warpgroup in range(self.warpgroups):
+                # The leader is warpgroup 0, so this is each one's head.
+                last = (block.group + 1) * self.heads_per_group - 1
+                head = jnp.minimum(block.head + warpgroup, last)
+                source = gmem[signal].at[block.batch, rows, head_channels(head)]
+                plgpu.copy_gmem_to_smem(source, smem[signal].at[warpgroup, slot], full)
+                source = gmem["tokens"].at[block.batch, head, chunk(i)]
+                plgpu.copy_gmem_to_smem(source, smem["tokens"].at[warpgroup, slot], full)
+
+        is_leader = block.warpgroup == 0
+
+        @pl.when(is_leader)
+        def _() -> None:
+            for i in range(stages):
+                load(i, i)
+
+        def walk_chunk(i: Any, carry: Any) -> Any:
+            slot = lax.rem(i, stages)
+
+            def release() -> None:
+                last = lax.rem(i + stages - 1, stages)
+
+                @pl.when(i > 0)
+                def _() -> None:
+                    plgpu.barrier_arrive(smem["free"].at[last])
+
+                if count > stages:
+
+                    @pl.when(is_leader & (i > 0) & (i - 1 + stages < count))
+                    def _() -> None:
+                        plgpu.barrier_wait(smem["free"].at[last])
+                        load(i - 1 + stages, last)
+
+            plgpu.barrier_wait(smem["full"].at[slot])
+            refs = {name: smem[name].at[slot] for name in matrices}
+            refs |= {name: smem[name].at[block.warpgroup, slot] for name in (signal, "tokens")}
+            return step(chunk(i), refs, release, carry)
+
+        carry = lax.fori_loop(0, count, walk_chunk, carry)
+        plgpu.wait_smem_to_gmem(0)
+        return carry
+
+
+def launch(
+    body: Callable[[Refs, Refs], None],
+    inputs: Mapping[str, jax.Array],
+    outputs: Mapping[str, Any],
+    scratch: Refs,
+    grid: Mapping[str, int],
+    warpgroups: int,
+) -> dict[str, jax.Array]:
+    """Runs ``body(gmem, smem)`` in every warpgroup of every block; it gets its references by name."""
+
+    def kernel_body(*gmem: Any, **smem: Any) -> None:
+        body(dict(zip([*inputs, *outputs], gmem, strict=True)), smem)
+
+    kernel_body.__name__ = f"ssd_{body.__name__}"
+    kernel = plgpu.kernel(
+        kernel_body,
+        out_type=tuple(outputs.values()),
+        scratch_types=dict(scratch),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=_COMPILER_PARAMS,
+    )
+    with jax.enable_x64(False):  # Python's numbers are 32 bits wide in a kernel, whatever the caller's are.
+        results = kernel(*inputs.values())
+    one_input = next(iter(inputs.values()))
+    return {name: vary_like(array, one_input) for name, array in zip(outputs, results, strict=True)}
+
+
+def chunk_rows(chunk: Any) -> Any:
+    """Tokens of a chunk."""
+    return pl.ds(chunk * CHUNK, CHUNK)
+
+
+def head_channels(head: Any) -> Any:
+    """Channels of a head."""
+    return pl.ds(head * CHANNELS, CHANNELS)
+
+
+def operand(*shape: int, dtype: Any) -> Any:
+    """Shared memory for matrices that matrix instructions read: the last two dimensions."""
+    return plgpu.SMEM(shape, dtype, transforms=_OPERAND)
+
+
+def transposed(ref: Any) -> Any:
+    """The transpose of a matrix in shared memory."""
+    return ref.transpose((1, 0))
+
+
+def product(*operands: tuple[Any, Any], plus: jax.Array | None = None) -> jax.Array:
+    """Sum of matrix products of references, and of what is in registers already, in float32."""
+    (result,) = products((operands, plus))
+    return result
+
+
+def products(*sums: tuple[Sequence[tuple[Any, Any]], jax.Array | None]) -> tuple[jax.Array, ...]:
+    """Several of ``product`` at once: the operands of each, and what is added to them or None."""
+
+    def run(*accumulators: Any) -> tuple[jax.Array, ...]:
+        for accumulator, (operands, plus) in zip(accumulators, sums, strict=True):
+            if plus is not None and not interpreted():
+                accumulator[...] = plus
+            for a, b in operands:
+                plgpu.wgmma(accumulator, a, b)
+        return tuple(accumulator[...] for accumulator in accumulators)
+
+    shapes = [(operands[0][0].shape[0], operands[0][1].shape[1]) for operands, _ in sums]
+    results = pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
+    if interpreted():  # It knows no accumulators that start with values.
+        return tuple(r if plus is None else r + plus for r, (_, plus) in zip(results, sums, strict=True))
+    return results
+
+
+def load(ref: Any, layout: Any = LAYOUT) -> jax.Array:
+    """Loads an array as float32."""
+    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+
+
+def by_row(numbers: jax.Array, columns: int) -> jax.Array:
+    """Repeats a number a row in all columns of a matrix."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(numbers, (numbers.shape[0], columns), (0,)), LAYOUT)
+
+
+def by_column(numbers: jax.Array, rows: int) -> jax.Array:
+    """Repeats a number a column in all rows of a matrix."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(numbers, (rows, numbers.shape[0]), (1,)), LAYOUT)
+
+
+def decayed(scores: jax.Array, tokens: Any) -> jax.Array:
+    """Multiplies a matrix of pairs of tokens by what is left at the row's token of what the column's token added.
+
+    Nothing of later tokens: zero above the diagonal.
+    """
+    total, offset = load(tokens.at[0], ROWS), load(tokens.at[1], COLUMNS)
+    return _causal(scores * jnp.exp2(by_row(total, CHUNK) - by_column(offset, CHUNK)))
+
+
+def _causal(matrix: jax.Array) -> jax.Array:
+    """Zeros what is above the diagonal, whatever it was: infinite perhaps."""
+    row, column = (plgpu.broadcasted_iota(jnp.int32, matrix.shape, dim, layout=LAYOUT) for dim in (0, 1))
+    return jnp.where(row >= column, matrix, 0.0)
+
+
+def diagonal(matrix: jax.Array) -> jax.Array:
+    """The diagonal of a square matrix, a number a row."""
+    row, column = (plgpu.broadcasted_iota(jnp.int32, matrix.shape, dim, layout=LAYOUT) for dim in (0, 1))
+    return jnp.sum(jnp.where(row == column, matrix, 0.0), axis=1)

@@ -1,0 +1,69 @@
+"""Kernel that walks over the chunks for their states alone, or for the gradients of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.ssd.mosaic_gpu import blocks
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem, Refs
+
+
+def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bool) -> dict[str, jax.Array]:
+    """Carries the state over the chunks of each part, or its gradient the other way.
+
+    With ``x``, ``B`` in the one case and ``dy``, ``C`` in the other, each times its decay to the end that is ahead::
+
+        state = decay of the chunk · state + x^T B
+
+    Args:
+        p: shapes.
+        inputs: as ``Problem`` describes them: "start", "tokens", and "x", "B" or, in reverse, "dy", "C".
+        reverse: whether to start with the last chunk, and carry a gradient.
+        save: whether to write down the state before each chunk; in reverse, its gradient after the chunk.
+
+    Returns:
+        "end", like "start", what is left at the other end of each part; with ``save`` also "states".
+    """
+    signal, matrix = ("dy", "C") if reverse else ("x", "B")
+    dtype = inputs[signal].dtype
+    inputs = {name: inputs[name] for name in (signal, matrix, "tokens", "start")}
+    outputs: dict[str, Any] = {"end": p.part_states_type()}
+    scratch = p.walk_buffers([matrix], signal, dtype)
+    scratch["weighted"] = blocks.operand(p.warpgroups, CHUNK, CHANNELS, dtype=dtype)
+    if save:
+        outputs["states"] = p.states_type(dtype)
+        scratch["state"] = blocks.operand(p.warpgroups, CHANNELS, p.state, dtype=dtype)
+
+    def states(gmem: Refs, smem: Refs) -> None:
+        block = p.block()
+        weighted = smem["weighted"].at[block.warpgroup]
+
+        def step(chunk: Any, refs: Refs, release: Any, state: jax.Array) -> jax.Array:
+            tokens = refs["tokens"]
+            total, whole = blocks.load(tokens.at[0], blocks.ROWS), tokens[0, CHUNK - 1]
+            weight = jnp.exp2(total if reverse else whole - blocks.load(tokens.at[1], blocks.ROWS))
+            value = blocks.load(refs[signal]) * blocks.by_row(weight, CHANNELS)
+            # Whatever reads the buffers below has ended in all warps after this.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            store(weighted, value.astype(dtype))
+            if save:
+                store(smem["state"].at[block.warpgroup], state.astype(dtype))
+            plgpu.commit_smem()
+            if save:
+                target = gmem["states"].at[block.batch, block.head, chunk]
+                plgpu.copy_smem_to_gmem(smem["state"].at[block.warpgroup], target)
+            release()
+            return blocks.product((blocks.transposed(weighted), refs[matrix]), plus=state * jnp.exp2(whole))
+
+        # The product marks it as varying over a mesh's axes where the other operations' results are not.
+        state = blocks.load(gmem["start"].at[block.batch, block.part, block.head]) * 1.0
+        state = p.walk(gmem, smem, block, [matrix], signal, step, state, reverse=reverse)
+        store(gmem["end"].at[block.batch, block.part, block.head], state)
+
+    grid = {"part": p.parts, "batch": p.batch, "heads": p.groups * p.blocks_per_group}
+    return blocks.launch(states, inputs, outputs, scratch, grid, p.warpgroups)
