@@ -73,7 +73,7 @@ def forward_variants(shape: Shape) -> Iterator[Plan]:
     yield default
     few = shape[0] * shape[2] <= 264
     parts = sorted({1, 2, default.parts, 2 * default.parts}) if few else [1]
-    for num_parts, walk in itertools.product(parts, [(3, 2), (2, 2), (1, 2), (1, 3)]):
+    for num_parts, walk in itertools.product(parts, [(2, 3), (2, 2), (3, 3), (3, 2), (1, 3)]):
         if num_parts > 1 or shape[1] < 10_000:
             yield dataclasses.replace(default, forward=walk, parts=num_parts)
 
@@ -82,9 +82,9 @@ def backward_variants(shape: Shape) -> Iterator[Plan]:
     """Plans worth timing backward."""
     default = _default(shape)
     yield default
-    for walk in [(3, 2), (3, 3), (2, 2), (1, 2), (1, 3)]:
+    for walk in [(3, 3), (3, 2), (2, 3), (1, 3), (1, 4)]:
         yield dataclasses.replace(default, states=walk)
-    for stages, splits in [(1, 1), (2, 1), (2, 2), (2, 4)]:
+    for stages, splits in [(2, 1), (3, 2), (3, 4)]:
         yield dataclasses.replace(default, stages=stages, splits=splits)
 
 

@@ -123,7 +123,8 @@ def backward_pass(call: Call, arrays: Arrays) -> Arrays:
     inputs |= {"states": arrays["states"], "dstates": walked["states"]}
     del inputs["start"]
     results = backward.scan(walk, inputs, splits=call.plan.splits, stages=call.plan.stages)
-    ddelta, dlog_decay = tokens.gradients(results, inputs["tokens"])
+    slopes = tokens.Slopes(*(results[name] for name in tokens.Slopes._fields))
+    ddelta, dlog_decay = tokens.gradients(slopes, inputs["tokens"])
     gradients = {
         "x": call.trim_tokens(results["dx"], arrays["x"]),
         "delta": call.trim_numbers(ddelta),

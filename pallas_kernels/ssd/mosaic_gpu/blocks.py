@@ -25,6 +25,8 @@ STATE_UNIT = 64
 TOKEN_ROWS = 3
 """Numbers of a head and token in "tokens"; see ``tokens.pack``."""
 
+_LARGEST_EXPONENT = 64.0
+
 LAYOUT = plgpu.Layout.WGMMA
 """Registers of a matrix: 16 rows a warp, as matrix instructions leave their results."""
 ROWS = LAYOUT.reduce(1)
@@ -253,32 +255,46 @@ def transposed(ref: Any) -> Any:
 
 
 def product(*operands: tuple[Any, Any], plus: jax.Array | None = None) -> jax.Array:
-    """Sum of matrix products of references, and of what is in registers already, in float32."""
+    """Sum of matrix products, and of what is in registers already, in float32.
+
+    Each of the operands is a reference, or the left one an array in registers.
+    """
     (result,) = products((operands, plus))
     return result
 
 
 def products(*sums: tuple[Sequence[tuple[Any, Any]], jax.Array | None]) -> tuple[jax.Array, ...]:
     """Several of ``product`` at once: the operands of each, and what is added to them or None."""
+    if interpreted():
+        return tuple(_interpreted_product(*operands_and_plus) for operands_and_plus in sums)
 
     def run(*accumulators: Any) -> tuple[jax.Array, ...]:
         for accumulator, (operands, plus) in zip(accumulators, sums, strict=True):
-            if plus is not None and not interpreted():
+            if plus is not None:
                 accumulator[...] = plus
             for a, b in operands:
                 plgpu.wgmma(accumulator, a, b)
         return tuple(accumulator[...] for accumulator in accumulators)
 
     shapes = [(operands[0][0].shape[0], operands[0][1].shape[1]) for operands, _ in sums]
-    results = pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
-    if interpreted():  # It knows no accumulators that start with values.
-        return tuple(r if plus is None else r + plus for r, (_, plus) in zip(results, sums, strict=True))
-    return results
+    return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
+
+
+def _interpreted_product(operands: Sequence[tuple[Any, Any]], plus: jax.Array | None) -> jax.Array:
+    # The interpreter knows neither operands in registers nor accumulators that start with values.
+    matrices = [[m if isinstance(m, jax.Array) else m[...] for m in pair] for pair in operands]
+    total = sum(jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in matrices)
+    return total if plus is None else plus + total
 
 
 def load(ref: Any, layout: Any = LAYOUT) -> jax.Array:
     """Loads an array as float32."""
-    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+    return load_operand(ref, layout).astype(jnp.float32)
+
+
+def load_operand(ref: Any, layout: Any = LAYOUT) -> jax.Array:
+    """Loads an array as it is."""
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def by_row(numbers: jax.Array, columns: int) -> jax.Array:
@@ -291,22 +307,21 @@ def by_column(numbers: jax.Array, rows: int) -> jax.Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(numbers, (rows, numbers.shape[0]), (1,)), LAYOUT)
 
 
-def decayed(scores: jax.Array, tokens: Any) -> jax.Array:
-    """Multiplies a matrix of pairs of tokens by what is left at the row's token of what the column's token added.
+def decays(tokens: Any, *, transpose: bool = False) -> jax.Array:
+    """What is left at the row's token of what the column's token added; whatever, but finite, where that comes later.
 
-    Nothing of later tokens: zero above the diagonal.
+    Args:
+        tokens: reference to a head's numbers in a chunk.
+        transpose: whether rows and columns change places.
     """
-    total, offset = load(tokens.at[0], ROWS), load(tokens.at[1], COLUMNS)
-    return _causal(scores * jnp.exp2(by_row(total, CHUNK) - by_column(offset, CHUNK)))
+    here, there = (COLUMNS, ROWS) if transpose else (ROWS, COLUMNS)
+    here_by, there_by = (by_column, by_row) if transpose else (by_row, by_column)
+    exponent = here_by(load(tokens.at[0], here), CHUNK) - there_by(load(tokens.at[1], there), CHUNK)
+    # Only tokens that come later have exponents beyond any step size's.
+    return jnp.exp2(jnp.minimum(exponent, _LARGEST_EXPONENT))
 
 
-def _causal(matrix: jax.Array) -> jax.Array:
-    """Zeros what is above the diagonal, whatever it was: infinite perhaps."""
-    row, column = (plgpu.broadcasted_iota(jnp.int32, matrix.shape, dim, layout=LAYOUT) for dim in (0, 1))
-    return jnp.where(row >= column, matrix, 0.0)
-
-
-def diagonal(matrix: jax.Array) -> jax.Array:
-    """The diagonal of a square matrix, a number a row."""
-    row, column = (plgpu.broadcasted_iota(jnp.int32, matrix.shape, dim, layout=LAYOUT) for dim in (0, 1))
-    return jnp.sum(jnp.where(row == column, matrix, 0.0), axis=1)
+def coordinates(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Row and column of every number of a matrix."""
+    row, column = (plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=LAYOUT) for dim in (0, 1))
+    return row, column

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
+from pallas_kernels.mosaic_gpu_compat import plgpu, store
 from pallas_kernels.ssd.mosaic_gpu import blocks
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem, Refs
 
@@ -29,50 +29,50 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         "y": jax.ShapeDtypeStruct(inputs["x"].shape, dtype),
         "end": p.part_states_type(),
     }
+    scratch = p.walk_buffers(["B", "C"], "x", dtype)
+    scratch["weights"] = blocks.operand(p.warpgroups, CHUNK, CHUNK, dtype=dtype)
     if save_states:
         outputs["states"] = p.states_type(dtype)
-    scratch = p.walk_buffers(["B", "C"], "x", dtype)
-    scratch["state"] = blocks.operand(p.warpgroups, CHANNELS, p.state, dtype=dtype)
-    scratch["weights"] = blocks.operand(p.warpgroups, CHUNK, CHUNK, dtype=dtype)
-    scratch["weighted"] = blocks.operand(p.warpgroups, CHUNK, CHANNELS, dtype=dtype)
+        scratch["state"] = blocks.operand(p.warpgroups, CHANNELS, p.state, dtype=dtype)
 
     def forward(gmem: Refs, smem: Refs) -> None:
         block = p.block()
-        h, weights, weighted = (smem[name].at[block.warpgroup] for name in ("state", "weights", "weighted"))
+        weights = smem["weights"].at[block.warpgroup]
         # Copies out of shared memory that may be under way when the next chunk begins: the last one is y's.
         pending = 1 if save_states else 0
+        D = blocks.load(gmem["D"].at[block.head], blocks.ROWS) if "D" in gmem else None
 
+        # Tokens are columns here, so that the state, as it leaves a matrix instruction, is ready to enter the next.
         def step(chunk: Any, refs: Refs, release: Any, state: jax.Array) -> jax.Array:
-            tokens, x = refs["tokens"], refs["x"]
-            total, whole = blocks.load(tokens.at[0], blocks.ROWS), tokens[0, CHUNK - 1]
-            to_end = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.ROWS))
+            tokens, B, C = refs["tokens"], refs["B"], blocks.transposed(refs["C"])
+            whole = tokens[0, CHUNK - 1]
+            x = blocks.load_operand(blocks.transposed(refs["x"]))
             if save_states:
+                buffer = smem["state"].at[block.warpgroup]
                 plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
-            store(h, state.astype(dtype))
-            store(weighted, (blocks.load(x) * blocks.by_row(to_end, CHANNELS)).astype(dtype))
-            plgpu.commit_smem()
-            if save_states:
-                plgpu.copy_smem_to_gmem(h, gmem["states"].at[block.batch, block.head, chunk])
+                store(buffer, state.astype(dtype))
 
-            y, scores = blocks.products(
-                ([(refs["C"], blocks.transposed(h))], None), ([(refs["C"], blocks.transposed(refs["B"]))], None)
-            )
-            store(weights, blocks.decayed(scores, tokens).astype(dtype))
-            y = y * blocks.by_row(jnp.exp2(total), CHANNELS)
-            plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
+            y, scores = blocks.products(([(state.astype(dtype), C)], None), ([(B, C)], None))
+            row, column = blocks.coordinates((CHUNK, CHUNK))
+            scores = jnp.where(row <= column, scores * blocks.decays(tokens, transpose=True), 0.0)
+            store(weights, scores.astype(dtype))
+            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.COLUMNS))
+            to_end = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
+            y = y * blocks.by_column(decay, CHANNELS)
+            weighted = (x.astype(jnp.float32) * blocks.by_column(to_end, CHANNELS)).astype(dtype)
+            # Of the chunk before.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             release()
             plgpu.commit_smem()
-            y, state = blocks.products(
-                ([(weights, x)], y), ([(blocks.transposed(weighted), refs["B"])], state * jnp.exp2(whole))
-            )
-            if "D" in gmem:
-                D = blocks.load(gmem["D"].at[block.head], blocks.COLUMNS)
-                y = y + blocks.load(x) * blocks.by_column(D, CHUNK)
-            synchronize()
-            store(x, y.astype(dtype))
+            if save_states:
+                plgpu.copy_smem_to_gmem(buffer, gmem["states"].at[block.batch, block.head, chunk])
+            y, state = blocks.products(([(x, weights)], y), ([(weighted, B)], state * jnp.exp2(whole)))
+            if D is not None:
+                y = y + x.astype(jnp.float32) * blocks.by_row(D, CHUNK)
+            store(blocks.transposed(refs["x"]), y.astype(dtype))
             plgpu.commit_smem()
             rows, channels = blocks.chunk_rows(chunk), blocks.head_channels(block.head)
-            plgpu.copy_smem_to_gmem(x, gmem["y"].at[block.batch, rows, channels])
+            plgpu.copy_smem_to_gmem(refs["x"], gmem["y"].at[block.batch, rows, channels])
             return state
 
         # The product marks it as varying over a mesh's axes where the other operations' results are not.

@@ -39,10 +39,10 @@ def choose(batch: int, chunks: int, heads: int, groups: int, state: int) -> Plan
         state: size of each channel's state, as padded.
     """
     members = heads // groups
-    forward = _walk(batch * heads, members, state, matrices=2, squares=2)
-    states = _walk(batch * heads, members, state, matrices=1, squares=1)
+    forward = _walk(batch * heads, members, state, matrices=2, squares=1)
+    states = _walk(batch * heads, members, state, matrices=1, squares=0)
     slots = CHUNK * CHANNELS * 2 * 2 + CHANNELS * state * 2 * 2 + TOKEN_ROWS * CHUNK * 4
-    fixed = 2 * CHUNK * state * 2 + 4 * CHUNK * CHUNK * 2
+    fixed = 2 * CHUNK * state * 2 + 5 * CHUNK * CHUNK * 2
     return Plan(
         forward=forward,
         states=states,
@@ -67,10 +67,10 @@ def _walk(units: int, members: int, state: int, *, matrices: int, squares: int) 
         most = 1 if units <= _MULTIPROCESSORS else 2
     square = CHUNK * CHANNELS * 2
     for warpgroups in range(min(most, members), 0, -1):
-        for stages in (2, 1):
+        for stages in (3, 2):
             shared = stages * matrices * CHUNK * state * 2
             each = stages * (square + TOKEN_ROWS * CHUNK * 4) + CHANNELS * state * 2 + squares * square
-            if shared + warpgroups * each <= _SHARED_MEMORY and (stages == 2 or warpgroups == 1):
+            if shared + warpgroups * each <= _SHARED_MEMORY:
                 return warpgroups, stages
     raise ValueError(f"no plan for a state of {state}")
 

@@ -34,31 +34,29 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
     inputs = {name: inputs[name] for name in (signal, matrix, "tokens", "start")}
     outputs: dict[str, Any] = {"end": p.part_states_type()}
     scratch = p.walk_buffers([matrix], signal, dtype)
-    scratch["weighted"] = blocks.operand(p.warpgroups, CHUNK, CHANNELS, dtype=dtype)
     if save:
         outputs["states"] = p.states_type(dtype)
         scratch["state"] = blocks.operand(p.warpgroups, CHANNELS, p.state, dtype=dtype)
 
     def states(gmem: Refs, smem: Refs) -> None:
         block = p.block()
-        weighted = smem["weighted"].at[block.warpgroup]
 
         def step(chunk: Any, refs: Refs, release: Any, state: jax.Array) -> jax.Array:
             tokens = refs["tokens"]
-            total, whole = blocks.load(tokens.at[0], blocks.ROWS), tokens[0, CHUNK - 1]
-            weight = jnp.exp2(total if reverse else whole - blocks.load(tokens.at[1], blocks.ROWS))
-            value = blocks.load(refs[signal]) * blocks.by_row(weight, CHANNELS)
-            # Whatever reads the buffers below has ended in all warps after this.
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            store(weighted, value.astype(dtype))
+            whole = tokens[0, CHUNK - 1]
+            if reverse:
+                weight = jnp.exp2(blocks.load(tokens.at[0], blocks.COLUMNS))
+            else:
+                weight = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
+            weighted = blocks.load(blocks.transposed(refs[signal])) * blocks.by_column(weight, CHANNELS)
             if save:
-                store(smem["state"].at[block.warpgroup], state.astype(dtype))
-            plgpu.commit_smem()
-            if save:
-                target = gmem["states"].at[block.batch, block.head, chunk]
-                plgpu.copy_smem_to_gmem(smem["state"].at[block.warpgroup], target)
+                buffer = smem["state"].at[block.warpgroup]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                store(buffer, state.astype(dtype))
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(buffer, gmem["states"].at[block.batch, block.head, chunk])
             release()
-            return blocks.product((blocks.transposed(weighted), refs[matrix]), plus=state * jnp.exp2(whole))
+            return blocks.product((weighted.astype(dtype), refs[matrix]), plus=state * jnp.exp2(whole))
 
         # The product marks it as varying over a mesh's axes where the other operations' results are not.
         state = blocks.load(gmem["start"].at[block.batch, block.part, block.head]) * 1.0

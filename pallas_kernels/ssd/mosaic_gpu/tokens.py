@@ -6,7 +6,7 @@ It is a number a token where the kernels move 64 or more, and it is left to XLA.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,21 @@ _LEAST_STEP_SIZE = 1e-30
 """Stands for step sizes of zero, which have no logarithm; what it lets through is nothing in float32."""
 
 _Tokens = Float[Array, "batch heads chunks 64"]
+
+
+class Slopes(NamedTuple):
+    """What the backward kernel finds out about each token of a head, to make the gradients of its decay out of."""
+
+    within: _Tokens
+    """What passes through the token's decay from tokens of the chunk before it to outputs from it on."""
+    from_start: _Tokens
+    """What the token's output owes to the state before the chunk."""
+    to_end: _Tokens
+    """What the state after the chunk owes to the token, for each unit of its step size."""
+    to_outputs: _Tokens
+    """What outputs of the chunk owe to the token."""
+    across: _Tokens
+    """Its sum over the chunk is what the state after the chunk owes to the one before, but for the decay between."""
 
 
 def pack(delta: _Tokens, log_decay: _Tokens) -> Float[Array, "batch heads chunks 3 64"]:
@@ -57,20 +72,18 @@ def _sum_up_to(numbers: _Tokens) -> _Tokens:
     return jnp.einsum("bhcs,st->bhct", numbers, ones, precision=jax.lax.Precision.HIGHEST)
 
 
-def gradients(slopes: Mapping[str, _Tokens], packed: Float[Array, "batch heads chunks 3 64"]) -> tuple[_Tokens, _Tokens]:
-    """Gradients of ``delta`` and ``log_decay`` out of what ``backward.scan`` returns.
+def gradients(slopes: Slopes, packed: Float[Array, "batch heads chunks 3 64"]) -> tuple[_Tokens, _Tokens]:
+    """Gradients of ``delta`` and ``log_decay``.
 
-    A decay at token t multiplies whatever passes from tokens s < t to tokens r >= t: within the chunk ("row" holds its
-    sums over s for each r, "column" those over r for each s), from the state before the chunk (in "row" too), to the
-    state after it ("to_end", by s), and from the former to the latter ("across"). Pairs within the chunk that lie on
-    one side of t are in both sums, which are made of the same numbers, and cancel but for rounding in float32. The
-    others are added up from the side where they belong, which no cancellation blurs.
+    A decay multiplies what passes through it: from tokens of its chunk before it, or from the state before the chunk,
+    to outputs of its chunk from it on, or to the state after the chunk. Each of the four is added up by itself. (The
+    whole is also a cumulative sum of what outputs owe to states less what these owe to inputs, but that one loses its
+    digits wherever little passes.)
     """
-    total, _, delta = (packed[:, :, :, row] for row in range(3))
-    to_end = delta * slopes["to_end"]
-    across = jnp.exp2(total[..., -1]) * jnp.sum(slopes["across"], axis=-1)
-    passing = slopes["row"] - slopes["column"]
-    from_here = jnp.flip(_sum_up_to(jnp.flip(passing, -1)), -1)
-    dlog_decay = from_here + (_sum_up_to(to_end) - to_end) + across[..., None]
-    ddelta = slopes["to_end"] + slopes["column"] / delta
+    total, delta = packed[:, :, :, 0], packed[:, :, :, 2]
+    to_end = delta * slopes.to_end
+    across = jnp.exp2(total[..., -1]) * jnp.sum(slopes.across, axis=-1)
+    from_start = jnp.flip(_sum_up_to(jnp.flip(slopes.from_start, -1)), -1)
+    dlog_decay = slopes.within + from_start + (_sum_up_to(to_end) - to_end) + across[..., None]
+    ddelta = slopes.to_end + slopes.to_outputs / delta
     return ddelta, dlog_decay
