@@ -12,7 +12,7 @@ from pallas_kernels.batching import Arrays, batch_by_folding
 from pallas_kernels.mosaic_gpu_compat import missing_hardware
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.ssd.inputs import Inputs
-from pallas_kernels.ssd.mosaic_gpu import backward, forward, states, tokens
+from pallas_kernels.ssd.mosaic_gpu import backward, forward, slopes, states
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK
 from pallas_kernels.ssd.mosaic_gpu.call import Call
 
@@ -103,7 +103,7 @@ def _backward(arrays: Arrays) -> Arrays:
 def forward_pass(call: Call, arrays: Arrays, *, save_states: bool) -> Arrays:
     """Returns "y" and "final_state", and what the backward pass will want of "states"."""
     inputs = call.prepared(arrays, "x", "B", "C", "D")
-    inputs["start"] = call.starts(inputs, arrays.get("initial_state"), reverse=False)
+    inputs |= call.starts(inputs, arrays.get("initial_state"), reverse=False)
     results = forward.scan(call.problem(call.plan.forward), inputs, save_states=save_states)
     trimmed = {
         "y": call.trim_tokens(results["y"], arrays["x"]),
@@ -118,13 +118,12 @@ def backward_pass(call: Call, arrays: Arrays) -> Arrays:
     """Returns gradients by the names of their arrays, that of D one an element of the batch."""
     inputs = call.prepared(arrays, "x", "dy", "B", "C", "D")
     walk = call.problem(call.plan.states)
-    inputs["start"] = call.starts(inputs, arrays["dfinal_state"], reverse=True)
-    walked = states.scan(walk, inputs, reverse=True, save=True)
+    start = call.starts(inputs, arrays["dfinal_state"], reverse=True)
+    walked = states.scan(walk, inputs | start, reverse=True, save=True)
     inputs |= {"states": arrays["states"], "dstates": walked["states"]}
-    del inputs["start"]
     results = backward.scan(walk, inputs, splits=call.plan.splits, stages=call.plan.stages)
-    slopes = tokens.Slopes(*(results[name] for name in tokens.Slopes._fields))
-    ddelta, dlog_decay = tokens.gradients(slopes, inputs["tokens"])
+    found = slopes.Slopes(*(call.by_head(results[name]) for name in slopes.Slopes._fields))
+    ddelta, dlog_decay = slopes.gradients(found, inputs["tokens"][:, : call.heads])
     gradients = {
         "x": call.trim_tokens(results["dx"], arrays["x"]),
         "delta": call.trim_numbers(ddelta),

@@ -19,7 +19,7 @@ from jax import lax
 from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.ssd.mosaic_gpu import blocks
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem, Refs
-from pallas_kernels.ssd.mosaic_gpu.tokens import Slopes
+from pallas_kernels.ssd.mosaic_gpu.slopes import Slopes
 
 MAX_COLUMNS = 128
 """States whose gradients of B and C fit in registers; more take a pass for each so many."""
@@ -45,7 +45,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
 
     Returns:
         "dx"; "dB" and "dC", (splits, batch, length, groups · state), to be summed; with D also "dD", (batch, chunks,
-        heads, CHANNELS), to be summed; and the fields of ``tokens.Slopes``.
+        heads, CHANNELS), to be summed; and the fields of ``slopes.Slopes``.
     """
     results: dict[str, jax.Array] = {}
     matrices = []
@@ -151,7 +151,8 @@ class _Block:
             if name in ("x", "dy"):
                 source = self.gmem[name].at[self.batch, blocks.chunk_rows(self.chunk), blocks.head_channels(head)]
             else:
-                source = self.gmem[name].at[self.batch, head, self.chunk]
+                number = self.launch.p.token_head(head) if name == "tokens" else head
+                source = self.gmem[name].at[self.batch, number, self.chunk]
             plgpu.copy_gmem_to_smem(source, self.smem[name].at[slot], self.smem["full"].at[slot])
 
     def over_heads(self, work: Any, carry: Any, *, refill: bool = False) -> Any:

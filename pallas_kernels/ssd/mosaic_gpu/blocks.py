@@ -61,13 +61,16 @@ class Problem:
 
     The kernels' inputs are, in 16 bits: "x" and "dy", (batch, length, heads · CHANNELS); "B" and "C", (batch, length,
     groups · state); "states" and "dstates", (batch, heads, chunks, CHANNELS, state), a state before and a gradient
-    after each chunk. In float32: "tokens", (batch, heads, chunks, TOKEN_ROWS, CHUNK); "D", (heads, CHANNELS); "start",
-    (batch, parts, heads, CHANNELS, state), what a walk begins with. The length is a whole number of chunks.
+    after each chunk. In float32: "tokens", (batch, heads / pieces, chunks, TOKEN_ROWS, CHUNK), or with more heads; "D",
+    (heads, CHANNELS); perhaps "start", (batch, parts, heads, CHANNELS, state), what a walk begins with, or else zeros.
+    The length is a whole number of chunks.
     """
 
     batch: int
     chunks: int
     heads: int
+    pieces: int
+    """Heads in a row that have the same tokens."""
     groups: int
     state: int
     warpgroups: int
@@ -84,6 +87,10 @@ class Problem:
     @property
     def heads_per_group(self) -> int:
         return self.heads // self.groups
+
+    def token_head(self, head: Any) -> Any:
+        """Where a head's numbers are in "tokens"."""
+        return head // self.pieces
 
     @property
     def blocks_per_group(self) -> int:
@@ -113,6 +120,13 @@ class Problem:
     def tokens_type(self) -> jax.ShapeDtypeStruct:
         """Type of a number a token and head."""
         return jax.ShapeDtypeStruct((self.batch, self.heads, self.chunks, CHUNK), jnp.float32)
+
+    def start(self, gmem: Refs, block: Block) -> jax.Array:
+        """What the walk of a block's part begins with, in registers."""
+        if "start" not in gmem:
+            return plgpu.layout_cast(jnp.zeros((CHANNELS, self.state), jnp.float32), LAYOUT)
+        # The product marks it as varying over a mesh's axes where the other operations' results are not.
+        return load(gmem["start"].at[block.batch, block.part, block.head]) * 1.0
 
     def walk_buffers(self, matrices: Sequence[str], signal: str, dtype: Any) -> dict[str, Any]:
         """Shared memory and barriers of ``walk``."""
@@ -167,7 +181,7 @@ class Problem:
                 head = jnp.minimum(block.head + warpgroup, last)
                 source = gmem[signal].at[block.batch, rows, head_channels(head)]
                 plgpu.copy_gmem_to_smem(source, smem[signal].at[warpgroup, slot], full)
-                source = gmem["tokens"].at[block.batch, head, chunk(i)]
+                source = gmem["tokens"].at[block.batch, self.token_head(head), chunk(i)]
                 plgpu.copy_gmem_to_smem(source, smem["tokens"].at[warpgroup, slot], full)
 
         is_leader = block.warpgroup == 0

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.batching import Arrays
-from pallas_kernels.sharding import vary_like
 from pallas_kernels.ssd.mosaic_gpu import parts, plan, states, tokens
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, STATE_UNIT, Problem
 from pallas_kernels.ssd.mosaic_gpu.plan import Plan
@@ -33,12 +32,12 @@ class Call:
     def problem(self, walk: tuple[int, int]) -> Problem:
         """The problem as cut for a kernel with these warpgroups and stages."""
         heads = self.heads * self.pieces
-        return Problem(self.batch, self.chunks, heads, self.groups, self.padded_state, *walk, self.plan.parts)
+        sizes = self.batch, self.chunks, heads, self.pieces, self.groups, self.padded_state
+        return Problem(*sizes, *walk, self.plan.parts)
 
     def prepared(self, arrays: Arrays, *names: str) -> Arrays:
         """The named arrays as kernels take them, those that are there, and "tokens"."""
-        numbers = [self.pad_numbers(arrays[name]) for name in ("delta", "log_decay")]
-        prepared = {"tokens": tokens.pack(*numbers)}
+        prepared = {"tokens": tokens.pack(arrays["delta"], arrays["log_decay"])}
         for name in names:
             if name in ("x", "dy"):
                 prepared[name] = self.pad_tokens(arrays[name])
@@ -49,20 +48,20 @@ class Call:
                 prepared[name] = _pad(arrays[name], 1, self.pieces * CHANNELS).reshape(-1, CHANNELS)
         return prepared
 
-    def starts(self, inputs: Arrays, outside: jax.Array | None, *, reverse: bool) -> jax.Array:
-        """The state before each part, or its gradient after each part, given the one before or after all of them."""
-        walk = self.problem(self.plan.states)
-        like = inputs["dy" if reverse else "x"]
-        zeros = vary_like(jnp.zeros(walk.part_states_type().shape, jnp.float32), like)
-        if outside is None and self.plan.parts == 1:
-            return zeros
-        outside = zeros[:, 0] if outside is None else self.pad_state(outside)
+    def starts(self, inputs: Arrays, outside: jax.Array | None, *, reverse: bool) -> Arrays:
+        """Returns "start" for a walk, given the state before the sequence, or its gradient after it; None is zero."""
+        if outside is not None:
+            outside = self.pad_state(outside)
         if self.plan.parts == 1:
-            return outside[:, None]
-        ends = states.scan(walk, inputs | {"start": zeros}, reverse=reverse, save=False)["end"]
-        by_chunk = inputs["tokens"][:, :, :, 0, -1]
-        log_decay = jnp.sum(by_chunk.reshape(self.batch, -1, self.plan.parts, walk.chunks_per_part), axis=-1)
-        return parts.starts(ends, outside, jnp.swapaxes(log_decay, 1, 2), reverse=reverse)
+            return {} if outside is None else {"start": outside[:, None]}
+        walk = self.problem(self.plan.states)
+        ends = states.scan(walk, inputs, reverse=reverse, save=False)["end"]
+        if outside is None:
+            outside = jnp.zeros_like(ends[:, 0])
+        totals = inputs["tokens"][:, : self.heads, :, 0, -1]
+        log_decay = jnp.sum(totals.reshape(self.batch, self.heads, self.plan.parts, walk.chunks_per_part), axis=-1)
+        log_decay = jnp.swapaxes(jnp.repeat(log_decay, self.pieces, axis=1), 1, 2)
+        return {"start": parts.starts(ends, outside, log_decay, reverse=reverse)}
 
     def pad_tokens(self, array: jax.Array) -> jax.Array:
         """(batch, length, heads, head_dim) to (batch, chunks · CHUNK, heads · CHANNELS)."""
@@ -74,15 +73,13 @@ class Call:
         by_head = array.reshape(self.batch, self.chunks * CHUNK, self.heads, -1)
         return by_head[:, : self.length, :, : self.head_dim].astype(like.dtype)
 
-    def pad_numbers(self, array: jax.Array) -> jax.Array:
-        """(batch, length, heads) to (batch, heads, chunks, CHUNK)."""
-        padded = jnp.swapaxes(_pad(array, 1, self.chunks * CHUNK), 1, 2)
-        return jnp.repeat(padded.reshape(self.batch, self.heads, self.chunks, CHUNK), self.pieces, axis=1)
+    def by_head(self, array: jax.Array) -> jax.Array:
+        """Sums a number a token, (batch, heads, chunks, CHUNK), over the pieces of a head."""
+        return jnp.sum(array.reshape(self.batch, self.heads, self.pieces, self.chunks, CHUNK), axis=2)
 
     def trim_numbers(self, array: jax.Array) -> jax.Array:
-        """Transposes ``pad_numbers``: what was repeated is summed."""
-        summed = jnp.sum(array.reshape(self.batch, self.heads, self.pieces, -1), axis=2)
-        return jnp.swapaxes(summed[:, :, : self.length], 1, 2)
+        """(batch, heads, chunks, CHUNK) to (batch, length, heads)."""
+        return jnp.swapaxes(array.reshape(self.batch, self.heads, -1)[:, :, : self.length], 1, 2)
 
     def pad_state(self, array: jax.Array) -> jax.Array:
         """(batch, heads, head_dim, state) to (batch, heads, CHANNELS, state)."""

@@ -18,11 +18,11 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
 
     Args:
         p: shapes.
-        inputs: as ``Problem`` describes them: "x", "B", "C", "tokens", "start", perhaps "D".
+        inputs: as ``Problem`` describes them: "x", "B", "C", "tokens", perhaps "D" and "start".
         save_states: whether the backward pass will want the state before each chunk.
 
     Returns:
-        "y" like "x"; "end" like "start", the state after each part; with ``save_states`` also "states".
+        "y" like "x"; "end" as "start" would be, the state after each part; with ``save_states`` also "states".
     """
     dtype = inputs["x"].dtype
     outputs: dict[str, Any] = {
@@ -75,9 +75,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
             plgpu.copy_smem_to_gmem(refs["x"], gmem["y"].at[block.batch, rows, channels])
             return state
 
-        # The product marks it as varying over a mesh's axes where the other operations' results are not.
-        state = blocks.load(gmem["start"].at[block.batch, block.part, block.head]) * 1.0
-        state = p.walk(gmem, smem, block, ["B", "C"], "x", step, state)
+        state = p.walk(gmem, smem, block, ["B", "C"], "x", step, p.start(gmem, block))
         store(gmem["end"].at[block.batch, block.part, block.head], state)
 
     grid = {"part": p.parts, "batch": p.batch, "heads": p.groups * p.blocks_per_group}

@@ -22,16 +22,16 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
 
     Args:
         p: shapes.
-        inputs: as ``Problem`` describes them: "start", "tokens", and "x", "B" or, in reverse, "dy", "C".
+        inputs: as ``Problem`` describes them: "tokens", "x", "B" or, in reverse, "dy", "C", and perhaps "start".
         reverse: whether to start with the last chunk, and carry a gradient.
         save: whether to write down the state before each chunk; in reverse, its gradient after the chunk.
 
     Returns:
-        "end", like "start", what is left at the other end of each part; with ``save`` also "states".
+        "end", as "start" would be, what is left at the other end of each part; with ``save`` also "states".
     """
     signal, matrix = ("dy", "C") if reverse else ("x", "B")
     dtype = inputs[signal].dtype
-    inputs = {name: inputs[name] for name in (signal, matrix, "tokens", "start")}
+    inputs = {name: inputs[name] for name in (signal, matrix, "tokens", "start") if name in inputs}
     outputs: dict[str, Any] = {"end": p.part_states_type()}
     scratch = p.walk_buffers([matrix], signal, dtype)
     if save:
@@ -58,9 +58,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
             release()
             return blocks.product((weighted.astype(dtype), refs[matrix]), plus=state * jnp.exp2(whole))
 
-        # The product marks it as varying over a mesh's axes where the other operations' results are not.
-        state = blocks.load(gmem["start"].at[block.batch, block.part, block.head]) * 1.0
-        state = p.walk(gmem, smem, block, [matrix], signal, step, state, reverse=reverse)
+        state = p.walk(gmem, smem, block, [matrix], signal, step, p.start(gmem, block), reverse=reverse)
         store(gmem["end"].at[block.batch, block.part, block.head], state)
 
     grid = {"part": p.parts, "batch": p.batch, "heads": p.groups * p.blocks_per_group}

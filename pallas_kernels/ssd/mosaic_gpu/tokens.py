@@ -1,44 +1,46 @@
-"""What the kernels need of every head and token besides matrices: decays, and after the backward kernels their slopes.
-
-It is a number a token where the kernels move 64 or more, and it is left to XLA.
-"""
+"""What the other kernels need of every head and token besides matrices, and the kernel that puts it together."""
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.elementwise import LOG2_E
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK
+from pallas_kernels.mosaic_gpu_compat import LANES, WARPS, plgpu, register_tile, store, synchronize
+from pallas_kernels.ssd.mosaic_gpu import blocks
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK, TOKEN_ROWS, Refs
 
 LOWEST = -160.0
 """Least logarithm to base 2 of a decay: two to this power is zero in float32."""
 _LEAST_STEP_SIZE = 1e-30
 """Stands for step sizes of zero, which have no logarithm; what it lets through is nothing in float32."""
 
-_Tokens = Float[Array, "batch heads chunks 64"]
+_HEADS = LANES
+"""Heads of a block, a lane each; its warps take a quarter of the chunk each."""
+_STEPS = CHUNK // WARPS
+_PITCH = _HEADS + 4
+"""Of rows in shared memory, such that the numbers of a column are in several banks."""
+
+_BY_HEAD = register_tile([(WARPS, _HEADS), (1, _HEADS), (1, 1)], warp_dims=(-6,), lane_dims=(-3,), vector_dim=-1)
+_BY_TOKEN = register_tile(
+    [(_HEADS, WARPS, _STEPS), (_HEADS // WARPS, WARPS, _STEPS), (1, LANES // _STEPS, _STEPS), (1, 1, 1)],
+    warp_dims=(-12,),
+    lane_dims=(-5, -4),
+    vector_dim=-1,
+)
+
+_Sum = tuple[jax.Array, jax.Array]
+"""A number and what its rounding took."""
 
 
-class Slopes(NamedTuple):
-    """What the backward kernel finds out about each token of a head, to make the gradients of its decay out of."""
-
-    within: _Tokens
-    """What passes through the token's decay from tokens of the chunk before it to outputs from it on."""
-    from_start: _Tokens
-    """What the token's output owes to the state before the chunk."""
-    to_end: _Tokens
-    """What the state after the chunk owes to the token, for each unit of its step size."""
-    to_outputs: _Tokens
-    """What outputs of the chunk owe to the token."""
-    across: _Tokens
-    """Its sum over the chunk is what the state after the chunk owes to the one before, but for the decay between."""
-
-
-def pack(delta: _Tokens, log_decay: _Tokens) -> Float[Array, "batch heads chunks 3 64"]:
+def pack(
+    delta: Float[Array, "batch length heads"], log_decay: Float[Array, "batch length heads"]
+) -> Float[Array, "batch padded_heads chunks 3 64"]:
     """Puts together what the kernels load of every token.
 
     Args:
@@ -46,44 +48,75 @@ def pack(delta: _Tokens, log_decay: _Tokens) -> Float[Array, "batch heads chunks
         log_decay: natural logarithms of what each token leaves of the state before it.
 
     Returns:
-        "total", the sum of the logarithms to base 2 of the decays from the first token of the chunk to this one;
-        "offset", such that 2^(total[t] - offset[s]) is what is left at token t of what token s added, its step size
-        included; and the step size.
+        For whole chunks, and at least these heads: "total", the sum of the logarithms to base 2 of the decays from the
+        first token of the chunk to this one; "offset", such that 2^(total[t] - offset[s]) is what is left at token t
+        of what token s added, its step size included; and the step size. Tokens after the end change nothing.
     """
-    delta = jnp.maximum(delta, _LEAST_STEP_SIZE)
-    total = _cumulative(jnp.maximum(log_decay * LOG2_E, LOWEST))
-    return jnp.stack([total, total - jnp.log2(delta), delta], axis=3)
+    batch, length, heads = delta.shape
+    length, heads = -(-length // CHUNK) * CHUNK, -(-heads // _HEADS) * _HEADS
+
+    def cut(array: jax.Array) -> jax.Array:
+        padding = [(0, wanted - size) for wanted, size in zip((batch, length, heads), array.shape, strict=True)]
+        return jnp.pad(array, padding).reshape(batch, length // CHUNK, WARPS, _STEPS, heads)
+
+    inputs = {
+        "delta": jnp.maximum(cut(delta), _LEAST_STEP_SIZE),
+        "log_decay": jnp.maximum(cut(log_decay) * LOG2_E, LOWEST),
+    }
+    outputs = {"tokens": jax.ShapeDtypeStruct((batch, heads, length // CHUNK, TOKEN_ROWS, WARPS, _STEPS), jnp.float32)}
+    scratch = {
+        "rows": plgpu.SMEM((2, WARPS, _STEPS, _PITCH), jnp.float32),
+        "ends": plgpu.SMEM((2, WARPS, _PITCH), jnp.float32),
+    }
+
+    def pack_tokens(gmem: Refs, smem: Refs) -> None:
+        batch, chunk = lax.axis_index("batch"), lax.axis_index("chunk")
+        heads = pl.ds(lax.axis_index("heads") * _HEADS, _HEADS)
+
+        def step(name: str, i: Any) -> jax.Array:
+            return plgpu.load(gmem[name].at[batch, chunk, :, i, heads], layout=_BY_HEAD, optimized=False)
+
+        # First the sum of each warp's tokens, then cumulative sums that start with those of the warps before.
+        zeros = plgpu.layout_cast(jnp.zeros((WARPS, _HEADS), jnp.float32), _BY_HEAD)
+        end = lax.fori_loop(0, _STEPS, lambda i, total: _add(total, step("log_decay", i)), (zeros, zeros))
+        for ref, part in zip((smem["ends"].at[0], smem["ends"].at[1]), end, strict=True):
+            store(ref.at[:, :_HEADS], part)
+        synchronize()
+        total = (zeros, zeros)
+        warp = plgpu.broadcasted_iota(jnp.int32, (WARPS, _HEADS), 0, layout=_BY_HEAD)
+        for before in range(WARPS - 1):
+            parts = []
+            for i in range(2):
+                row = plgpu.load(smem["ends"].at[i, before, :_HEADS], layout=_BY_HEAD.reduce(0), optimized=False)
+                row = plgpu.layout_cast(lax.broadcast_in_dim(row, (WARPS, _HEADS), (1,)), _BY_HEAD)
+                parts.append(jnp.where(warp > before, row, 0.0))
+            high, low = _add(total, parts[0])
+            total = high, low + parts[1]
+
+        def keep(i: Any, total: _Sum) -> _Sum:
+            total = _add(total, step("log_decay", i))
+            store(smem["rows"].at[0, :, i, :_HEADS], total[0] + total[1])
+            store(smem["rows"].at[1, :, i, :_HEADS], step("delta", i))
+            return total
+
+        lax.fori_loop(0, _STEPS, keep, total)
+        synchronize()
+        totals, deltas = (
+            plgpu.load(smem["rows"].at[i, :, :, :_HEADS].transpose((2, 0, 1)), layout=_BY_TOKEN, optimized=False)
+            for i in range(2)
+        )
+        target = gmem["tokens"].at[batch, heads, chunk]
+        for row, value in enumerate((totals, totals - jnp.log2(deltas), deltas)):
+            store(target.at[:, row], value)
+
+    grid = {"batch": batch, "chunk": length // CHUNK, "heads": heads // _HEADS}
+    tokens = blocks.launch(pack_tokens, inputs, outputs, scratch, grid, 1)["tokens"]
+    return tokens.reshape(batch, heads, length // CHUNK, TOKEN_ROWS, CHUNK)
 
 
-def _cumulative(log_decay: _Tokens) -> _Tokens:
-    """Sums over the tokens of a chunk, rounded once.
-
-    Behind tokens that forget everything a sum is large, and the rounding of its terms would add up. So each number is
-    cut in two, one of them such that its sums are exact, the other small.
-    """
-    unit = 2.0 ** (math.ceil(math.log2(-LOWEST * CHUNK)) - jnp.finfo(jnp.float32).nmant)
-    coarse = jnp.round(log_decay / unit) * unit
-    return _sum_up_to(coarse) + _sum_up_to(log_decay - coarse)
-
-
-def _sum_up_to(numbers: _Tokens) -> _Tokens:
-    # A product with a triangle of ones: XLA's cumulative sums take several kernels.
-    ones = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
-    return jnp.einsum("bhcs,st->bhct", numbers, ones, precision=jax.lax.Precision.HIGHEST)
-
-
-def gradients(slopes: Slopes, packed: Float[Array, "batch heads chunks 3 64"]) -> tuple[_Tokens, _Tokens]:
-    """Gradients of ``delta`` and ``log_decay``.
-
-    A decay multiplies what passes through it: from tokens of its chunk before it, or from the state before the chunk,
-    to outputs of its chunk from it on, or to the state after the chunk. Each of the four is added up by itself. (The
-    whole is also a cumulative sum of what outputs owe to states less what these owe to inputs, but that one loses its
-    digits wherever little passes.)
-    """
-    total, delta = packed[:, :, :, 0], packed[:, :, :, 2]
-    to_end = delta * slopes.to_end
-    across = jnp.exp2(total[..., -1]) * jnp.sum(slopes.across, axis=-1)
-    from_start = jnp.flip(_sum_up_to(jnp.flip(slopes.from_start, -1)), -1)
-    dlog_decay = slopes.within + from_start + (_sum_up_to(to_end) - to_end) + across[..., None]
-    ddelta = slopes.to_end + slopes.to_outputs / delta
-    return ddelta, dlog_decay
+def _add(total: _Sum, number: jax.Array) -> _Sum:
+    """Adds a number, and keeps what the rounding takes (Knuth): behind tokens that forget everything sums are large."""
+    high, low = total
+    new = high + number
+    taken = new - high
+    return new, low + ((high - (new - taken)) + (number - taken))
