@@ -127,7 +127,8 @@ def _backward_calls(forward: Callable[..., jax.Array], sets: list[Arrays]) -> tu
 def _errors(operator: Operator, arrays: Arrays, dy: jax.Array | None, outputs: Arrays) -> dict[str, float]:
     """Compares outputs, or gradients where there is ``dy``, with the reference in float64 on a CPU.
 
-    Of a large problem only the first row's first channels or heads are compared, and no gradients that are sums over others.
+    Of a large problem only the first row's first channels or heads are compared, and no gradients that are sums over
+    others.
     """
     sizes = operator.sizes(arrays)
     kept = {}

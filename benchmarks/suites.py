@@ -102,7 +102,7 @@ def _calls(sizes: Sizes, names: Sequence[str], suite: str) -> Iterator[tuple[Ope
                 for name in names:
                     if OPERATORS[name].has_state:
                         shape = _shape(sizes, name, *sizes.state_tokens, sizes.sweep_channels)
-                        yield OPERATORS[name], shape | {"state": state}
+                        yield OPERATORS[name], {**shape, "state": state}
         case _:
             raise ValueError(f"suite must be one of {SUITES}, got {suite!r}")
 

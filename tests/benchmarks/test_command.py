@@ -50,7 +50,13 @@ def test_writes_table_json_and_pictures(tmp_path, capsys):
     assert report["device"] == jax.devices()[0].device_kind
     assert report["versions"]["jax"] == jax.__version__
     assert report["failures"] == []
-    for name in ("selective_scan_by_length", "selective_scan_by_state", "ssd_by_length", "ssd_by_state", "causal_conv1d_by_length"):
+    for name in (
+        "selective_scan_by_length",
+        "selective_scan_by_state",
+        "ssd_by_length",
+        "ssd_by_state",
+        "causal_conv1d_by_length",
+    ):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert printed.count("selective_scan  backward  xla") == 5

@@ -50,7 +50,7 @@ def make_inputs(batch, length, heads, head_dim, state, *, groups=1, optional=OPT
 
 
 def definition(inputs, *, delta_softplus=True, delta_limit=(0.0, math.inf), chunk_size=None):
-    """The operator as the paper writes it, in the precision of its inputs; parameters may differ from token to token."""
+    """The operator as the paper writes it, in its inputs' precision; parameters may differ from token to token."""
     del chunk_size
     heads, groups = inputs.x.shape[2], inputs.B.shape[2]
     delta = inputs.delta if inputs.delta_bias is None else inputs.delta + inputs.delta_bias
@@ -91,8 +91,7 @@ def values_and_gradients(run, inputs, dy, dstate, **options):
 def expected_and_scales(inputs, dy, dstate, **options):
     """The results in float64, and what their errors are measured by: their norm.
 
-    A parameter's gradient is a sum over all tokens that may cancel: its error is measured by the norm of its terms where
-    this is more.
+    A parameter's gradient is a sum over all tokens that may cancel: where the norm of its terms is more, it is taken.
     """
     with jax.enable_x64(True):
         tree = (inputs, dy, dstate)
@@ -137,9 +136,7 @@ def use_plan(monkeypatch):
 
     def use(**numbers):
         choose = plan.choose
-        monkeypatch.setattr(
-            plan, "choose", lambda *sizes: plan.dataclasses.replace(choose(*sizes), **numbers)
-        )
+        monkeypatch.setattr(plan, "choose", lambda *sizes: plan.dataclasses.replace(choose(*sizes), **numbers))
 
     return use
 

@@ -70,9 +70,7 @@ def _scan_forward(arrays: Arrays) -> tuple[tuple[jax.Array, jax.Array], tuple[Ar
     return (results["y"], results["final_state"]), (arrays, results["states"])
 
 
-def _scan_backward(
-    residuals: tuple[Arrays, jax.Array], cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[Arrays]:
+def _scan_backward(residuals: tuple[Arrays, jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> tuple[Arrays]:
     arrays, saved = residuals
     dy, dfinal_state = cotangents
     gradients = _backward(arrays | {"states": saved, "dy": dy, "dfinal_state": dfinal_state})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ ROWS = LAYOUT.reduce(1)
 COLUMNS = LAYOUT.reduce(0)
 """Registers of a number a column of a matrix."""
 
-_OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 
 _COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True,
@@ -291,13 +292,13 @@ def products(*sums: tuple[Sequence[tuple[Any, Any]], jax.Array | None]) -> tuple
         return tuple(accumulator[...] for accumulator in accumulators)
 
     shapes = [(operands[0][0].shape[0], operands[0][1].shape[1]) for operands, _ in sums]
-    return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
+    return pl.run_scoped(run, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes])
 
 
 def _interpreted_product(operands: Sequence[tuple[Any, Any]], plus: jax.Array | None) -> jax.Array:
     # The interpreter knows neither operands in registers nor accumulators that start with values.
     matrices = [[m if isinstance(m, jax.Array) else m[...] for m in pair] for pair in operands]
-    total = sum(jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in matrices)
+    total = functools.reduce(jnp.add, (jnp.dot(*(m.astype(jnp.float32) for m in pair)) for pair in matrices))
     return total if plus is None else plus + total
 
 
