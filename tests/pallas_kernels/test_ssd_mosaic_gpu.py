@@ -146,7 +146,7 @@ def use_plan(monkeypatch):
     [
         ((1, 70, 2, 64, 64), {}),
         ((1, 20, 4, 32, 16), {"groups": 2, "optional": ("D",)}),
-        ((2, 1, 1, 65, 1), {"optional": ("initial_state", "delta_bias")}),
+        ((2, 1, 8, 65, 1), {"optional": ("initial_state", "delta_bias")}),
         ((1, 64, 1, 16, 130), {"optional": ()}),
     ],
     ids=["all features", "two groups", "one token, wide head", "bare, wide state"],

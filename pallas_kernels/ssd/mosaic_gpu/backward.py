@@ -188,7 +188,7 @@ class _Block:
 
         def work(head: Any, refs: Refs, carry: None) -> None:
             tokens = refs["tokens"]
-            weights = (scores * blocks.decays(tokens, transpose=True)).astype(self.dtype)
+            weights = (scores * blocks.finite(blocks.decays(tokens, transpose=True))).astype(self.dtype)
             from_state, within = blocks.products(
                 ([(smem["B"], blocks.transposed(refs["dstates"]))], None), ([(weights, refs["dy"])], None)
             )
@@ -228,7 +228,7 @@ class _Block:
 
         def work(head: Any, refs: Refs, sum_of_weights: jax.Array) -> jax.Array:
             tokens, states = refs["tokens"], blocks.transposed(refs["states"])
-            weights = blocks.product((refs["dy"], blocks.transposed(refs["x"]))) * blocks.decays(tokens)
+            weights = blocks.product((refs["dy"], blocks.transposed(refs["x"]))) * blocks.finite(blocks.decays(tokens))
             synchronize()
             store(pairs, (weights * blocks.load(smem["scores"])).astype(self.dtype))
             plgpu.commit_smem()

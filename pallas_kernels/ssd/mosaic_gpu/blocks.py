@@ -26,8 +26,6 @@ STATE_UNIT = 64
 TOKEN_ROWS = 3
 """Numbers of a head and token in "tokens"; see ``tokens.pack``."""
 
-_LARGEST_EXPONENT = 64.0
-
 LAYOUT = plgpu.Layout.WGMMA
 """Registers of a matrix: 16 rows a warp, as matrix instructions leave their results."""
 ROWS = LAYOUT.reduce(1)
@@ -323,7 +321,7 @@ def by_column(numbers: jax.Array, rows: int) -> jax.Array:
 
 
 def decays(tokens: Any, *, transpose: bool = False) -> jax.Array:
-    """What is left at the row's token of what the column's token added; whatever, but finite, where that comes later.
+    """What is left at the row's token of what the column's token added; where that comes later, whatever: infinite too.
 
     Args:
         tokens: reference to a head's numbers in a chunk.
@@ -332,8 +330,12 @@ def decays(tokens: Any, *, transpose: bool = False) -> jax.Array:
     here, there = (COLUMNS, ROWS) if transpose else (ROWS, COLUMNS)
     here_by, there_by = (by_column, by_row) if transpose else (by_row, by_column)
     exponent = here_by(load(tokens.at[0], here), CHUNK) - there_by(load(tokens.at[1], there), CHUNK)
-    # Only tokens that come later have exponents beyond any step size's.
-    return jnp.exp2(jnp.minimum(exponent, _LARGEST_EXPONENT))
+    return jnp.exp2(exponent)
+
+
+def finite(decays: jax.Array) -> jax.Array:
+    """Bounds what tokens that come later are given, so that a product with zero is zero; no decay is as large."""
+    return jnp.minimum(decays, 2.0**64)
 
 
 def coordinates(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

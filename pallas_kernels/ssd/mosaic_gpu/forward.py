@@ -30,6 +30,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         "end": p.part_states_type(),
     }
     scratch = p.walk_buffers(["B", "C"], "x", dtype)
+    # A comparison for each number would cost more instructions.
+    scratch["causal"] = blocks.operand(CHUNK, CHUNK, dtype=dtype)
     scratch["weights"] = blocks.operand(p.warpgroups, CHUNK, CHUNK, dtype=dtype)
     if save_states:
         outputs["states"] = p.states_type(dtype)
@@ -38,34 +40,36 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
     def forward(gmem: Refs, smem: Refs) -> None:
         block = p.block()
         weights = smem["weights"].at[block.warpgroup]
-        # Copies out of shared memory that may be under way when the next chunk begins: the last one is y's.
-        pending = 1 if save_states else 0
         D = blocks.load(gmem["D"].at[block.head], blocks.ROWS) if "D" in gmem else None
+
+        row, column = blocks.coordinates((CHUNK, CHUNK))
+        store(smem["causal"], jnp.where(row <= column, 1.0, 0.0).astype(dtype))
+        plgpu.commit_smem()
 
         # Tokens are columns here, so that the state, as it leaves a matrix instruction, is ready to enter the next.
         def step(chunk: Any, refs: Refs, release: Any, state: jax.Array) -> jax.Array:
             tokens, B, C = refs["tokens"], refs["B"], blocks.transposed(refs["C"])
             whole = tokens[0, CHUNK - 1]
-            x = blocks.load_operand(blocks.transposed(refs["x"]))
             if save_states:
                 buffer = smem["state"].at[block.warpgroup]
-                plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
+                # All copies of the chunk before but that of y.
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 store(buffer, state.astype(dtype))
 
-            y, scores = blocks.products(([(state.astype(dtype), C)], None), ([(B, C)], None))
-            row, column = blocks.coordinates((CHUNK, CHUNK))
-            scores = jnp.where(row <= column, scores * blocks.decays(tokens, transpose=True), 0.0)
-            store(weights, scores.astype(dtype))
-            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.COLUMNS))
-            to_end = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
-            y = y * blocks.by_column(decay, CHANNELS)
-            weighted = (x.astype(jnp.float32) * blocks.by_column(to_end, CHANNELS)).astype(dtype)
+            scores = blocks.product((B, C)) * blocks.finite(blocks.decays(tokens, transpose=True))
+            store(weights, scores.astype(dtype) * blocks.load_operand(smem["causal"]))
             # Of the chunk before.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             release()
             plgpu.commit_smem()
             if save_states:
                 plgpu.copy_smem_to_gmem(buffer, gmem["states"].at[block.batch, block.head, chunk])
+
+            y = blocks.product((state.astype(dtype), C))
+            y = y * blocks.by_column(jnp.exp2(blocks.load(tokens.at[0], blocks.COLUMNS)), CHANNELS)
+            to_end = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
+            x = blocks.load_operand(blocks.transposed(refs["x"]))
+            weighted = (x.astype(jnp.float32) * blocks.by_column(to_end, CHANNELS)).astype(dtype)
             y, state = blocks.products(([(x, weights)], y), ([(weighted, B)], state * jnp.exp2(whole)))
             if D is not None:
                 y = y + x.astype(jnp.float32) * blocks.by_row(D, CHUNK)
