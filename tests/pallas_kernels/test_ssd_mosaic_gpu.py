@@ -15,7 +15,7 @@ from pallas_kernels.selective_scan import mosaic_gpu as selective_scan_kernels
 from pallas_kernels.selective_scan.inputs import Inputs as SelectiveScanInputs
 from pallas_kernels.ssd import mosaic_gpu
 from pallas_kernels.ssd.inputs import Inputs
-from pallas_kernels.ssd.mosaic_gpu import call, plan
+from pallas_kernels.ssd.mosaic_gpu import call, plan, tokens
 
 OPTIONAL = ("D", "z", "delta_bias", "segment_ids", "initial_state")
 BENCHMARK_SHAPES = ((8, 2048, 80, 64, 128), (8, 2048, 24, 64, 128), (1, 131072, 24, 64, 128))
@@ -160,6 +160,7 @@ def test_parts_of_a_long_sequence_join_to_the_whole(use_plan):
     assert_right(make_inputs(1, 6 * 64, 1, 16, 8, optional=("initial_state",), rates=(-6, 0)))
 
 
+@pytest.mark.slow
 def test_heads_need_not_fill_the_blocks(use_plan):
     use_plan(forward=(2, 2), states=(2, 2), splits=3, stages=1)
     assert_right(make_inputs(1, 3 * 64, 3, 16, 8, optional=("D",)))
@@ -193,6 +194,22 @@ def test_tokens_that_forget_everything_do_not_blur_those_that_forget_nothing():
     assert_right(mixed_decays(128), delta_softplus=False)
 
 
+def test_sums_of_decays_are_rounded_once():
+    random = np.random.default_rng()
+    shape = (1, 128, 3)
+    log_decay = -np.where(random.random(shape) < 0.3, random.uniform(0, 100, shape), random.uniform(0, 1e-3, shape))
+    with plgpu.force_gpu_interpret_mode():
+        packed = jax.jit(tokens.pack)(jnp.ones(shape, jnp.float32), jnp.asarray(log_decay, jnp.float32))
+    # The logarithm to base 2 is rounded before it is added up.
+    terms = np.asarray(jnp.asarray(log_decay, jnp.float32) * jnp.float32(np.log2(np.e)), np.float64)
+    expected = np.cumsum(terms.reshape(1, 2, 64, 3), axis=2).transpose(0, 3, 1, 2)
+    totals = np.asarray(packed[:, :3, :, 0])
+    assert (np.abs(totals - expected) <= 0.501 * np.spacing(np.abs(totals))).all()
+    np.testing.assert_array_equal(packed[:, :3, :, 1], totals)
+    np.testing.assert_array_equal(packed[:, :3, :, 2], 1)
+
+
+@pytest.mark.slow
 def test_vmap_is_a_loop():
     instances = [make_inputs(1, 20, 1, 16, 8, optional=("D",)) for _ in range(2)]
     instances[1] = instances[1]._replace(D=instances[0].D)
@@ -284,7 +301,7 @@ def test_what_the_kernels_cannot_do_is_named(change, message, no_shape_checks):
 
 def test_other_chunk_sizes_are_left_to_xla():
     reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS | {"chunk_size": 32})
-    assert reason == "chunk_size must be None or 64, got 32"
+    assert reason == "chunk_size must be None or 64, got 32; implementation='xla' takes any"
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")

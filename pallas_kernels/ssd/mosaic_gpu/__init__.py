@@ -33,9 +33,9 @@ def unsupported_reason(
         if dtype != jnp.bfloat16:
             return f"x, B and C must be bfloat16, {name} is {dtype}; implementation='xla' computes in float32"
     if inputs.B.shape[3] > MAX_STATE:
-        return f"state must be at most {MAX_STATE}, got {inputs.B.shape[3]}"
+        return f"state must be at most {MAX_STATE}, got {inputs.B.shape[3]}; implementation='xla' takes any"
     if chunk_size not in (None, CHUNK):
-        return f"chunk_size must be None or {CHUNK}, got {chunk_size}"
+        return f"chunk_size must be None or {CHUNK}, got {chunk_size}; implementation='xla' takes any"
     return missing_hardware()
 
 
