@@ -17,7 +17,7 @@ from pallas_kernels.ssd import ssd
 @pytest.fixture(autouse=True)
 def _pretend_to_have_the_hardware(monkeypatch):
     for kernels in (conv_kernels, scan_kernels, ssd_kernels):
-        monkeypatch.setattr(kernels, "missing_hardware", lambda: None)
+        monkeypatch.setattr(kernels, "missing_hardware", lambda *_: None)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2), (1, 2, 1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -308,6 +309,13 @@ def test_other_chunk_sizes_are_left_to_xla():
 def test_a_cpu_is_named_as_what_is_missing():
     reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS)
     assert reason == "it needs an NVIDIA GPU, the default device is a cpu"
+
+
+def test_gpus_without_matrix_instructions_of_warpgroups_are_named(monkeypatch):
+    device = types.SimpleNamespace(platform="gpu", compute_capability="10.0", device_kind="NVIDIA B200")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS)
+    assert reason == "it needs compute capability 9.0 (Hopper), NVIDIA B200 has 10.0"
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.batching import Arrays, batch_by_folding
-from pallas_kernels.mosaic_gpu_compat import missing_hardware
+from pallas_kernels.mosaic_gpu_compat import WGMMA, missing_hardware
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.ssd.inputs import Inputs
 from pallas_kernels.ssd.mosaic_gpu import backward, forward, slopes, states
@@ -36,7 +36,7 @@ def unsupported_reason(
         return f"state must be at most {MAX_STATE}, got {inputs.B.shape[3]}; implementation='xla' takes any"
     if chunk_size not in (None, CHUNK):
         return f"chunk_size must be None or {CHUNK}, got {chunk_size}; implementation='xla' takes any"
-    return missing_hardware()
+    return missing_hardware(WGMMA)
 
 
 def ssd(
