@@ -126,13 +126,15 @@ def tune(variants: list[Variant], deadline: float) -> None:
                     raise program
                 run = program.result()
                 result = np.asarray(jax.tree.leaves(run(sets[0]))[0], np.float32)
-                expected = result if expected is None else expected
                 times = device_times(run, sets)
             except Exception as problem:
                 print(f"{variant.label:75} failed: {str(problem)[:150]!r}", flush=True)
                 continue
-            error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
-            _print_times(variant.label, times, f"differs by {error:.0e}" if variant.title != "whole" else "")
+            remark = ""
+            if variant.title != "whole":
+                expected = result if expected is None else expected
+                remark = f"differs by {np.linalg.norm(result - expected) / np.linalg.norm(expected):.0e}"
+            _print_times(variant.label, times, remark)
 
 
 def _print_times(label: str, times: dict[str, list[float]], remark: str) -> None:
