@@ -39,8 +39,8 @@ def choose(batch: int, chunks: int, heads: int, groups: int, state: int) -> Plan
         state: size of each channel's state, as padded.
     """
     members = heads // groups
-    forward = _walk(batch * heads, members, state, matrices=2, squares=1)
-    states = _walk(batch * heads, members, state, matrices=1, squares=0)
+    forward = _walk(batch * heads, members, state, matrices=2, squares=1, masks=1)
+    states = _walk(batch * heads, members, state, matrices=1, squares=0, masks=0)
     slots = CHUNK * CHANNELS * 2 * 2 + CHANNELS * state * 2 * 2 + TOKEN_ROWS * CHUNK * 4
     fixed = 2 * CHUNK * state * 2 + 5 * CHUNK * CHUNK * 2
     return Plan(
@@ -52,7 +52,7 @@ def choose(batch: int, chunks: int, heads: int, groups: int, state: int) -> Plan
     )
 
 
-def _walk(units: int, members: int, state: int, *, matrices: int, squares: int) -> tuple[int, int]:
+def _walk(units: int, members: int, state: int, *, matrices: int, squares: int, masks: int) -> tuple[int, int]:
     """Warpgroups and stages of a kernel that walks over the chunks.
 
     Args:
@@ -60,7 +60,8 @@ def _walk(units: int, members: int, state: int, *, matrices: int, squares: int) 
         members: heads of a group.
         state: size of the state.
         matrices: inputs that the warpgroups of a block share.
-        squares: buffers of the size of a chunk's x that each warpgroup works with.
+        squares: buffers of the size of a chunk's x that each warpgroup works with, besides one for a state.
+        masks: such buffers of the block.
     """
     most = 3 if state <= 128 else 2
     if units <= 2 * _MULTIPROCESSORS:
@@ -68,7 +69,7 @@ def _walk(units: int, members: int, state: int, *, matrices: int, squares: int) 
     square = CHUNK * CHANNELS * 2
     for warpgroups in range(min(most, members), 0, -1):
         for stages in (3, 2):
-            shared = stages * matrices * CHUNK * state * 2
+            shared = stages * matrices * CHUNK * state * 2 + masks * square
             each = stages * (square + TOKEN_ROWS * CHUNK * 4) + CHANNELS * state * 2 + squares * square
             if shared + warpgroups * each <= _SHARED_MEMORY:
                 return warpgroups, stages
