@@ -13,6 +13,8 @@ from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.causal_conv1d import flops as causal_conv1d_flops
 from pallas_kernels.selective_scan import flops as selective_scan_flops
 from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.ssd import flops as ssd_flops
+from pallas_kernels.ssd import ssd
 
 Shape = Mapping[str, int]
 Arrays = dict[str, jax.Array]
@@ -45,6 +47,8 @@ class Operator:
     """``call(arrays, implementation=…)`` computes the output."""
     costs: Callable[[Shape, Direction], Costs]
     implementations: tuple[str, ...]
+    independent_dim: str = "channels"
+    """Dimension along which nothing depends on anything else, but for gradients that are sums over it."""
     has_reference: bool = True
     """Whether ``call`` also knows the implementation "reference"."""
 
@@ -90,6 +94,37 @@ def _selective_scan_costs(shape: Shape, direction: Direction) -> Costs:
     else:
         moved, flops = count.backward_bytes(*sizes, itemsize=DTYPE.itemsize), count.backward(*sizes)
     return Costs(moved, flops, count.exponentials(*sizes))
+
+
+def _make_ssd(key: jax.Array, shape: Shape) -> Arrays:
+    token = [shape[dim] for dim in ("batch", "length", "heads")]
+    head_dim, groups, state = (shape[dim] for dim in ("head_dim", "groups", "state"))
+    heads = shape["heads"]
+    keys = jax.random.split(key, 7)
+    return {
+        "x": _normal(keys[0], *token, head_dim),
+        "delta": _normal(keys[1], *token),
+        "A": -jax.random.uniform(keys[2], (heads,), minval=1.0, maxval=16.0),
+        "B": _normal(keys[3], *token[:2], groups, state),
+        "C": _normal(keys[4], *token[:2], groups, state),
+        "D": _normal(keys[5], heads, dtype=jnp.float32),
+        # Step sizes from about 1e-3 to 1e-1 after the softplus, as Mamba-2 begins with.
+        "delta_bias": jax.random.uniform(keys[6], (heads,), minval=-7.0, maxval=-2.0),
+    }
+
+
+def _call_ssd(arrays: Arrays, implementation: str) -> jax.Array:
+    return ssd(**arrays, delta_softplus=True, implementation=implementation)  # type: ignore[return-value]
+
+
+def _ssd_costs(shape: Shape, direction: Direction) -> Costs:
+    sizes = [shape[dim] for dim in ("batch", "length", "heads", "head_dim", "state")]
+    count, options = ssd_flops, {"groups": shape["groups"], "itemsize": DTYPE.itemsize}
+    if direction == "forward":
+        moved, flops = count.forward_bytes(*sizes, **options), count.forward(*sizes)
+    else:
+        moved, flops = count.backward_bytes(*sizes, **options), count.backward(*sizes)
+    return Costs(moved, flops, count.exponentials(*sizes[:3]))
 
 
 def _make_causal_conv1d(key: jax.Array, shape: Shape) -> Arrays:
@@ -155,6 +190,22 @@ OPERATORS = {
             _call_selective_scan,
             _selective_scan_costs,
             ("mosaic_gpu", "xla"),
+        ),
+        Operator(
+            "ssd",
+            {
+                "x": _HEADS,
+                "delta": _HEADS[:3],
+                "A": ("heads",),
+                **dict.fromkeys(("B", "C"), ("batch", "length", "groups", "state")),
+                **dict.fromkeys(("D", "delta_bias"), ("heads",)),
+            },
+            _HEADS,
+            _make_ssd,
+            _call_ssd,
+            _ssd_costs,
+            ("mosaic_gpu", "xla"),
+            independent_dim="heads",
         ),
         Operator(
             "causal_conv1d",

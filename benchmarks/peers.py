@@ -1,4 +1,4 @@
-"""The CUDA kernels of mamba_ssm and causal_conv1d, where they are installed."""
+"""The CUDA and Triton kernels of mamba_ssm and causal_conv1d, where they are installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.operators import Operator
 from benchmarks.suites import Case
 from benchmarks.timing import Timing
 
-_PACKAGES = {"selective_scan": "mamba_ssm", "causal_conv1d": "causal_conv1d"}
+_PACKAGES = {"selective_scan": "mamba_ssm", "ssd": "mamba_ssm", "causal_conv1d": "causal_conv1d"}
 _CALLS = 20
 
 
@@ -67,6 +67,26 @@ def _selective_scan(torch: Any, shape: dict[str, int]) -> tuple[Callable[[], Any
     return call, [u, delta, A, B, C, D, z, bias]
 
 
+def _ssd(torch: Any, shape: dict[str, int]) -> tuple[Callable[[], Any], list[Any]]:
+    from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
+        mamba_chunk_scan_combined,
+    )
+
+    batch, length, heads, head_dim = (shape[dim] for dim in ("batch", "length", "heads", "head_dim"))
+    draw = _draw(torch)
+    x, delta = draw(batch, length, heads, head_dim), draw(batch, length, heads)
+    B, C = (draw(batch, length, shape["groups"], shape["state"]) for _ in range(2))
+    A = (-15 * torch.rand(heads, device="cuda") - 1).requires_grad_()
+    D = draw(heads, dtype=torch.float32)
+    bias = (5 * torch.rand(heads, device="cuda") - 7).requires_grad_()
+
+    def call() -> Any:
+        # In chunks of 256, as its Mamba-2 layer has them.
+        return mamba_chunk_scan_combined(x, delta, A, B, C, 256, D=D, dt_bias=bias, dt_softplus=True)
+
+    return call, [x, delta, A, B, C, D, bias]
+
+
 def _causal_conv1d(torch: Any, shape: dict[str, int]) -> tuple[Callable[[], Any], list[Any]]:
     from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
 
@@ -84,4 +104,4 @@ def _draw(torch: Any) -> Callable[..., Any]:
     return draw
 
 
-_ARGUMENTS = {"selective_scan": _selective_scan, "causal_conv1d": _causal_conv1d}
+_ARGUMENTS = {"selective_scan": _selective_scan, "ssd": _ssd, "causal_conv1d": _causal_conv1d}

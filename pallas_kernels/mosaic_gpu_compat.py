@@ -5,21 +5,25 @@ Kernels import ``plgpu`` and everything private from here, so that a new jax rel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax._src import config
 from jax.experimental.mosaic.gpu import fragmented_array
 
-__all__ = ["LANES", "WARPS", "plgpu", "register_tile", "store", "synchronize"]
+__all__ = ["LANES", "WARPS", "WGMMA", "interpreted", "plgpu", "register_tile", "store", "synchronize"]
 
 WARPS = 4
 """Warps of a warpgroup, which is what Pallas calls a thread on this backend."""
 LANES = 32
 """Lanes of a warp."""
 
-_CAPABILITIES = ("9", "10")
+# Consumer GPUs after Hopper have the bulk copies but less than half of the shared memory.
+_BULK_COPIES = {"9.0": "Hopper", "10.0": "Blackwell"}
+WGMMA = {"9.0": "Hopper"}
+"""Capabilities with the matrix instructions of a warpgroup, which no later GPU has."""
 
 
 def register_tile(
@@ -59,15 +63,25 @@ def synchronize() -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def missing_hardware() -> str | None:
-    """Says what the default device lacks to run Mosaic GPU kernels with bulk copies, or None."""
+def interpreted() -> bool:
+    """Whether kernels that are traced now run in Pallas' interpreter."""
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def missing_hardware(capabilities: Mapping[str, str] = _BULK_COPIES) -> str | None:
+    """Says what the default device lacks to run Mosaic GPU kernels, or None.
+
+    Args:
+        capabilities: the compute capabilities that have what the kernel needs, and what they are called; by default
+            bulk copies.
+    """
     device = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     if device.platform != "gpu":
         return f"it needs an NVIDIA GPU, the default device is a {device.platform}"
     capability = str(getattr(device, "compute_capability", ""))
-    if capability.split(".")[0] not in _CAPABILITIES:
-        # Consumer GPUs after Hopper have the bulk copies but less than half of the shared memory.
-        return f"it needs compute capability 9.0 (Hopper) or 10.0, {device.device_kind} has {capability or 'none'}"
+    if capability.split(".")[0] not in {accepted.split(".")[0] for accepted in capabilities}:
+        names = " or ".join(f"{accepted} ({name})" for accepted, name in capabilities.items())
+        return f"it needs compute capability {names}, {device.device_kind} has {capability or 'none'}"
     return None

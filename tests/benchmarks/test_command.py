@@ -25,10 +25,11 @@ def smallest(monkeypatch):
     sizes = suites.Sizes(
         tokens=((1, 16, 32),),
         state=2,
+        ssd_state=2,
         width=2,
         lengths=(8, 16),
         sweep_channels=32,
-        head_dim=8,
+        head_dim=4,
         states=(1, 2),
         state_tokens=(1, 8),
     )
@@ -44,12 +45,18 @@ def test_writes_table_json_and_pictures(tmp_path, capsys):
     assert measured == {
         *(("shapes", name, direction) for name in OPERATORS for direction in both),
         *(("length", name, direction) for name in (*OPERATORS, "attention") for direction in both),
-        *(("state", "selective_scan", direction) for direction in both),
+        *(("state", name, direction) for name in ("selective_scan", "ssd") for direction in both),
     }
     assert report["device"] == jax.devices()[0].device_kind
     assert report["versions"]["jax"] == jax.__version__
     assert report["failures"] == []
-    for name in ("selective_scan_by_length", "selective_scan_by_state", "causal_conv1d_by_length"):
+    for name in (
+        "selective_scan_by_length",
+        "selective_scan_by_state",
+        "ssd_by_length",
+        "ssd_by_state",
+        "causal_conv1d_by_length",
+    ):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert printed.count("selective_scan  backward  xla") == 5
@@ -84,7 +91,7 @@ def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["selectve_scan"], r"no operator is called 'selectve_scan'. There are selective_scan, causal_conv1d"),
+        (["selectve_scan"], r"no operator is called 'selectve_scan'. There are selective_scan, ssd, causal_conv1d"),
         (["--samples", "1"], "--samples must be at least 2, got 1"),
     ],
 )

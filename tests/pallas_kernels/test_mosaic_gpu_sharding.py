@@ -1,4 +1,4 @@
-"""The kernels of both operators inside ``jax.shard_map``, lowered for CUDA: the interpreter cannot run them there."""
+"""The kernels of all operators inside ``jax.shard_map``, lowered for CUDA: the interpreter cannot run them there."""
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,14 @@ from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.causal_conv1d import mosaic_gpu as conv_kernels
 from pallas_kernels.selective_scan import mosaic_gpu as scan_kernels
 from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.ssd import mosaic_gpu as ssd_kernels
+from pallas_kernels.ssd import ssd
 
 
 @pytest.fixture(autouse=True)
 def _pretend_to_have_the_hardware(monkeypatch):
-    for kernels in (conv_kernels, scan_kernels):
-        monkeypatch.setattr(kernels, "missing_hardware", lambda: None)
+    for kernels in (conv_kernels, scan_kernels, ssd_kernels):
+        monkeypatch.setattr(kernels, "missing_hardware", lambda *_: None)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2), (1, 2, 1)])
@@ -51,6 +53,34 @@ def test_a_layer_and_its_gradients_lower_on_a_mesh(sizes):
     with jax.set_mesh(jax.make_mesh(sizes, axes, axis_types=(AxisType.Explicit,) * 3)):
         arrays = {name: jnp.zeros(shape, out_sharding=spec) for name, (shape, spec) in shapes_and_specs.items()}
         segment_ids = jnp.zeros((4, 64), jnp.int32, out_sharding=P("data", "sequence"))
+        traced = jax.jit(jax.value_and_grad(loss)).trace(arrays, segment_ids)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 4
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2), (1, 2, 1)])
+def test_ssd_and_its_gradients_lower_on_a_mesh(sizes):
+    axes = ("data", "sequence", "tensor")
+    matrix = P("data", "sequence", None, None)
+    shapes_and_specs = {
+        "x": ((4, 1024, 4, 64), P(*axes, None)),
+        "delta": ((4, 1024, 4), P(*axes)),
+        "A": ((4,), P("tensor")),
+        "B": ((4, 1024, 1, 64), matrix),
+        "C": ((4, 1024, 1, 64), matrix),
+        "D": ((4,), P("tensor")),
+    }
+
+    def loss(arrays, segment_ids):
+        y, state = ssd(**arrays, segment_ids=segment_ids, return_final_state=True, implementation="mosaic_gpu")
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
+
+    with jax.set_mesh(jax.make_mesh(sizes, axes, axis_types=(AxisType.Explicit,) * 3)):
+        arrays = {
+            name: jnp.zeros(shape, jnp.float32 if name in ("A", "D") else jnp.bfloat16, out_sharding=spec)
+            for name, (shape, spec) in shapes_and_specs.items()
+        }
+        segment_ids = jnp.zeros((4, 1024), jnp.int32, out_sharding=P("data", "sequence"))
         traced = jax.jit(jax.value_and_grad(loss)).trace(arrays, segment_ids)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 4

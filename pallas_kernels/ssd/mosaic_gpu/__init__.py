@@ -1,0 +1,135 @@
+"""The SSD operator as Pallas Mosaic GPU kernels, forward and backward; docs/ssd_kernels.md explains how they work."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.batching import Arrays, batch_by_folding
+from pallas_kernels.mosaic_gpu_compat import WGMMA, missing_hardware
+from pallas_kernels.segments import segment_starts
+from pallas_kernels.ssd.inputs import Inputs
+from pallas_kernels.ssd.mosaic_gpu import backward, forward, slopes, states
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK
+from pallas_kernels.ssd.mosaic_gpu.call import Call
+
+MAX_STATE = 256
+
+_PARAMETERS = ("D",)
+_FORGET = -1e4
+"""Logarithm of the decay where a segment starts: nothing is left."""
+
+
+def unsupported_reason(
+    inputs: Inputs, *, delta_softplus: bool, delta_limit: tuple[float, float], chunk_size: int | None
+) -> str | None:
+    """Says what stands in the way of running these kernels here, or None."""
+    del delta_softplus, delta_limit
+    for name in ("x", "B", "C"):
+        dtype = getattr(inputs, name).dtype
+        if dtype != jnp.bfloat16:
+            return f"x, B and C must be bfloat16, {name} is {dtype}; implementation='xla' computes in float32"
+    if inputs.B.shape[3] > MAX_STATE:
+        return f"state must be at most {MAX_STATE}, got {inputs.B.shape[3]}; implementation='xla' takes any"
+    if chunk_size not in (None, CHUNK):
+        return f"chunk_size must be None or {CHUNK}, got {chunk_size}; implementation='xla' takes any"
+    return missing_hardware(WGMMA)
+
+
+def ssd(
+    inputs: Inputs, *, delta_softplus: bool, delta_limit: tuple[float, float], chunk_size: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Computes y and the final state; see ``Inputs``."""
+    del chunk_size
+    delta = inputs.step_sizes(delta_softplus=delta_softplus, delta_limit=delta_limit)
+    log_decay = delta * inputs.A.astype(jnp.float32)
+    if inputs.segment_ids is not None:
+        log_decay = jnp.where(segment_starts(inputs.segment_ids)[..., None], _FORGET, log_decay)
+    arrays = {"x": inputs.x, "delta": delta, "log_decay": log_decay, "B": inputs.B, "C": inputs.C}
+    if inputs.D is not None:
+        arrays["D"] = inputs.D.astype(jnp.float32)
+    if inputs.initial_state is not None:
+        arrays["initial_state"] = inputs.initial_state
+    y, final_state = _scan(arrays)
+    if inputs.z is not None:
+        y = (y * jax.nn.silu(inputs.z.astype(jnp.float32))).astype(y.dtype)
+    return y, final_state
+
+
+@jax.custom_vjp
+def _scan(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    results = _forward(False)(arrays)
+    return results["y"], results["final_state"]
+
+
+def _scan_forward(arrays: Arrays) -> tuple[tuple[jax.Array, jax.Array], tuple[Arrays, jax.Array]]:
+    results = _forward(True)(arrays)
+    return (results["y"], results["final_state"]), (arrays, results["states"])
+
+
+def _scan_backward(residuals: tuple[Arrays, jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> tuple[Arrays]:
+    arrays, saved = residuals
+    dy, dfinal_state = cotangents
+    gradients = _backward(arrays | {"states": saved, "dy": dy, "dfinal_state": dfinal_state})
+    if "D" in arrays:
+        gradients["D"] = jnp.sum(gradients["D"], axis=0)
+    return ({name: gradients[name].astype(array.dtype) for name, array in arrays.items()},)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+@functools.cache
+def _forward(save_states: bool) -> Any:
+    """The forward pass, with or without what the backward pass needs."""
+
+    @functools.partial(batch_by_folding, parameters=_PARAMETERS)
+    def run(arrays: Arrays) -> Arrays:
+        return forward_pass(Call(arrays), arrays, save_states=save_states)
+
+    return run
+
+
+@functools.partial(batch_by_folding, parameters=_PARAMETERS)
+def _backward(arrays: Arrays) -> Arrays:
+    return backward_pass(Call(arrays), arrays)
+
+
+def forward_pass(call: Call, arrays: Arrays, *, save_states: bool) -> Arrays:
+    """Returns "y" and "final_state", and what the backward pass will want of "states"."""
+    inputs = call.prepared(arrays, "x", "B", "C", "D")
+    inputs |= call.starts(inputs, arrays.get("initial_state"), reverse=False)
+    results = forward.scan(call.problem(call.plan.forward), inputs, save_states=save_states)
+    trimmed = {
+        "y": call.trim_tokens(results["y"], arrays["x"]),
+        "final_state": call.trim_state(results["end"][:, -1]),
+    }
+    if save_states:
+        trimmed["states"] = results["states"]
+    return trimmed
+
+
+def backward_pass(call: Call, arrays: Arrays) -> Arrays:
+    """Returns gradients by the names of their arrays, that of D one an element of the batch."""
+    inputs = call.prepared(arrays, "x", "dy", "B", "C", "D")
+    walk = call.problem(call.plan.states)
+    start = call.starts(inputs, arrays["dfinal_state"], reverse=True)
+    walked = states.scan(walk, inputs | start, reverse=True, save=True)
+    inputs |= {"states": arrays["states"], "dstates": walked["states"]}
+    results = backward.scan(walk, inputs, splits=call.plan.splits, stages=call.plan.stages)
+    found = slopes.Slopes(*(call.by_head(results[name]) for name in slopes.Slopes._fields))
+    ddelta, dlog_decay = slopes.gradients(found, inputs["tokens"][:, : call.heads])
+    gradients = {
+        "x": call.trim_tokens(results["dx"], arrays["x"]),
+        "delta": call.trim_numbers(ddelta),
+        "log_decay": call.trim_numbers(dlog_decay),
+        **{name: call.trim_matrix(jnp.sum(results[f"d{name}"], axis=0)) for name in ("B", "C")},
+    }
+    if "D" in arrays:
+        gradients["D"] = call.trim_channels(jnp.sum(results["dD"], axis=1).reshape(call.batch, -1))
+    if "initial_state" in arrays:
+        gradients["initial_state"] = call.trim_state(walked["end"][:, 0])
+    return gradients

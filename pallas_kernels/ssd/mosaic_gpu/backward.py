@@ -1,0 +1,281 @@
+"""Backward kernel of the SSD operator: every chunk by itself, one head after the other.
+
+Given the state before each chunk and the state's gradient after it, chunks depend on nothing else. So a block takes a
+chunk and walks over the heads of a group, and the gradients of B and C, which are sums over these, stay in registers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
+from pallas_kernels.ssd.mosaic_gpu import blocks
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem, Refs
+from pallas_kernels.ssd.mosaic_gpu.slopes import Slopes
+
+MAX_COLUMNS = 128
+"""States whose gradients of B and C fit in registers; more take a pass for each so many."""
+
+_EVEN_SHARE = 168
+"""Registers of a lane, where three warpgroups have the same."""
+_REGISTERS = {"attention": 160, "slopes": 160, "matrices": 184}
+"""Of a lane of each warpgroup, by its work."""
+
+_CONSTANT = ("scores", "from_row", "side")
+"""Matrices that are the same for all heads. Kept in registers, there would be no room for those that are not."""
+_STREAMED = ("x", "dy", "states", "dstates", "tokens")
+
+
+def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: int) -> dict[str, jax.Array]:
+    """Computes the gradients of the inputs, given those of the states.
+
+    Args:
+        p: shapes.
+        inputs: as ``Problem`` describes them: "x", "dy", "B", "C", "tokens", "states", "dstates", perhaps "D".
+        splits: pieces that the heads of a group are cut into, which run at the same time; they divide these heads.
+        stages: heads in shared memory at once.
+
+    Returns:
+        "dx"; "dB" and "dC", (splits, batch, length, groups · state), to be summed; with D also "dD", (batch, chunks,
+        heads, CHANNELS), to be summed; and the fields of ``slopes.Slopes``.
+    """
+    results: dict[str, jax.Array] = {}
+    matrices = []
+    for first in range(0, p.state, MAX_COLUMNS):
+        columns = slice(first, min(first + MAX_COLUMNS, p.state))
+        results = _Backward(p, splits, stages, columns).run(inputs)
+        matrices.append({name: results.pop(name) for name in ("dB", "dC")})
+    for name in ("dB", "dC"):
+        pieces = [m[name].reshape(*m[name].shape[:3], p.groups, -1) for m in matrices]
+        results[name] = jnp.concatenate(pieces, axis=-1).reshape(splits, p.batch, p.chunks * CHUNK, -1)
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+    """One launch: all gradients, those of B and C for some of the states.
+
+    Three warpgroups share the work on a head: what comes of the chunk's attention, the weights of its gradient, and
+    the parts of the gradients of B and C that go through states. Until the end they share loaded data only.
+    """
+
+    p: Problem
+    splits: int
+    stages: int
+    columns: slice
+
+    @property
+    def num_columns(self) -> int:
+        return self.columns.stop - self.columns.start
+
+    @property
+    def heads_per_split(self) -> int:
+        return self.p.heads_per_group // self.splits
+
+    def run(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Launches the kernel."""
+        p, dtype = self.p, inputs["x"].dtype
+        matrix_dims = (self.splits, p.batch, p.chunks * CHUNK, p.groups * self.num_columns)
+        outputs: dict[str, Any] = {
+            "dx": jax.ShapeDtypeStruct(inputs["x"].shape, dtype),
+            **{name: jax.ShapeDtypeStruct(matrix_dims, jnp.float32) for name in ("dB", "dC")},
+            **{name: p.tokens_type() for name in Slopes._fields},
+        }
+        if "D" in inputs:
+            outputs["dD"] = jax.ShapeDtypeStruct((p.batch, p.chunks, p.heads, CHANNELS), jnp.float32)
+        scratch = {
+            **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C")},
+            **{name: blocks.operand(self.stages, CHUNK, CHANNELS, dtype=dtype) for name in ("x", "dy")},
+            **{name: blocks.operand(self.stages, CHANNELS, p.state, dtype=dtype) for name in ("states", "dstates")},
+            "tokens": plgpu.SMEM((self.stages, blocks.TOKEN_ROWS, CHUNK), jnp.float32),
+            "dx": blocks.operand(CHUNK, CHANNELS, dtype=dtype),
+            **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("pairs", *_CONSTANT)},
+            "matrices": plgpu.Barrier(num_arrivals=2),
+            "full": plgpu.Barrier(num_arrivals=len(_STREAMED), num_barriers=self.stages),
+            "free": plgpu.Barrier(num_arrivals=3, num_barriers=self.stages),
+            "made": plgpu.Barrier(),
+        }
+
+        def backward(gmem: Refs, smem: Refs) -> None:
+            _Block(self, gmem, smem).run()
+
+        grid = {"group": p.groups, "batch": p.batch, "chunk": p.chunks, "split": self.splits}
+        return blocks.launch(backward, inputs, outputs, scratch, grid, 3)
+
+
+class _Block:
+    """What a block does."""
+
+    def __init__(self, launch: _Backward, gmem: Refs, smem: Refs) -> None:
+        self.launch, self.gmem, self.smem = launch, gmem, smem
+        self.group, self.batch, self.chunk, split = (lax.axis_index(n) for n in ("group", "batch", "chunk", "split"))
+        self.first_head = self.group * launch.p.heads_per_group + split * launch.heads_per_split
+        self.split = split
+        self.dtype = smem["x"].dtype
+
+    def run(self) -> None:
+        """Starts the first loads and sends each warpgroup to its work."""
+        p, warpgroup = self.launch.p, lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 2)
+        def _() -> None:
+            for name in ("B", "C"):
+                columns = pl.ds(self.group * p.state, p.state)
+                source = self.gmem[name].at[self.batch, blocks.chunk_rows(self.chunk), columns]
+                plgpu.copy_gmem_to_smem(source, self.smem[name], self.smem["matrices"])
+            for i in range(min(self.launch.stages, self.launch.heads_per_split)):
+                self.load(i, i)
+
+        plgpu.barrier_wait(self.smem["matrices"])
+        for number, (work, registers) in enumerate(_REGISTERS.items()):
+            pl.when(warpgroup == number)(functools.partial(self.start, work, registers))
+
+    def start(self, work: str, registers: int) -> None:
+        """Does a warpgroup's work, with its share of the registers."""
+        if registers != _EVEN_SHARE:
+            plgpu.set_max_registers(registers, action="increase" if registers > _EVEN_SHARE else "decrease")
+        getattr(self, work)()
+
+    def load(self, i: Any, slot: Any) -> None:
+        """Starts the copies of what belongs to the i-th head."""
+        head = self.first_head + i
+        for name in _STREAMED:
+            if name in ("x", "dy"):
+                source = self.gmem[name].at[self.batch, blocks.chunk_rows(self.chunk), blocks.head_channels(head)]
+            else:
+                number = self.launch.p.token_head(head) if name == "tokens" else head
+                source = self.gmem[name].at[self.batch, number, self.chunk]
+            plgpu.copy_gmem_to_smem(source, self.smem[name].at[slot], self.smem["full"].at[slot])
+
+    def over_heads(self, work: Any, carry: Any, *, refill: bool = False) -> Any:
+        """Calls ``work(head, refs, carry) -> carry`` for each head, with references to what was loaded."""
+        count, stages = self.launch.heads_per_split, min(self.launch.stages, self.launch.heads_per_split)
+
+        def step(i: Any, carry: Any) -> Any:
+            slot = lax.rem(i, stages)
+            plgpu.barrier_wait(self.smem["full"].at[slot])
+            carry = work(self.first_head + i, {name: self.smem[name].at[slot] for name in _STREAMED}, carry)
+            plgpu.barrier_arrive(self.smem["free"].at[slot])
+            if refill and count > stages:
+
+                @pl.when(i + stages < count)
+                def _() -> None:
+                    plgpu.barrier_wait(self.smem["free"].at[slot])
+                    self.load(i + stages, slot)
+
+            return carry
+
+        return lax.fori_loop(0, count, step, carry)
+
+    def put(self, name: str, head: Any, numbers: jax.Array) -> None:
+        """Writes a number a token of a head."""
+        store(self.gmem[name].at[self.batch, head, self.chunk], numbers)
+
+    def attention(self) -> None:
+        """First warpgroup: dx, and what inputs say about the decays. Rows are the tokens that were added."""
+        gmem, smem = self.gmem, self.smem
+        row, column = blocks.coordinates((CHUNK, CHUNK))
+        scores = blocks.product((smem["B"], blocks.transposed(smem["C"])))
+        scores = jnp.where(row <= column, scores, 0.0)
+
+        def work(head: Any, refs: Refs, carry: None) -> None:
+            tokens = refs["tokens"]
+            weights = (scores * blocks.finite(blocks.decays(tokens, transpose=True))).astype(self.dtype)
+            from_state, within = blocks.products(
+                ([(smem["B"], blocks.transposed(refs["dstates"]))], None), ([(weights, refs["dy"])], None)
+            )
+            x = blocks.load(refs["x"])
+            decay = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[0], blocks.ROWS))
+            from_state = from_state * blocks.by_row(decay, CHANNELS)
+            self.put("to_end", head, jnp.sum(x * from_state, axis=1))
+            self.put("to_outputs", head, jnp.sum(x * within, axis=1))
+            dx = within + from_state * blocks.by_row(blocks.load(tokens.at[2], blocks.ROWS), CHANNELS)
+            if "D" in gmem:
+                dy = blocks.load(refs["dy"])
+                dx = dx + dy * blocks.by_column(blocks.load(gmem["D"].at[head], blocks.COLUMNS), CHUNK)
+                store(gmem["dD"].at[self.batch, self.chunk, head], jnp.sum(dy * x, axis=0))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            store(smem["dx"], dx.astype(self.dtype))
+            plgpu.commit_smem()
+            target = gmem["dx"].at[self.batch, blocks.chunk_rows(self.chunk), blocks.head_channels(head)]
+            plgpu.copy_smem_to_gmem(smem["dx"], target)
+
+        self.over_heads(work, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    def make_constants(self) -> None:
+        """Fills shared memory with what ``slopes`` needs for every head."""
+        row, column = blocks.coordinates((CHUNK, CHUNK))
+        scores = blocks.product((self.smem["C"], blocks.transposed(self.smem["B"])))
+        side = jnp.where(column < row, 1.0, jnp.where(column > row, -1.0, 0.0))
+        matrices = (jnp.where(column <= row, scores, 0.0), jnp.where(column >= row, 1.0, 0.0), side)
+        for name, matrix in zip(_CONSTANT, matrices, strict=True):
+            store(self.smem[name], matrix.astype(self.dtype))
+        plgpu.commit_smem()
+
+    def slopes(self) -> None:
+        """Second warpgroup: what outputs say about the decays, and weights for the gradients of B and C."""
+        smem, pairs = self.smem, self.smem["pairs"]
+        self.make_constants()
+
+        def work(head: Any, refs: Refs, sum_of_weights: jax.Array) -> jax.Array:
+            tokens, states = refs["tokens"], blocks.transposed(refs["states"])
+            weights = blocks.product((refs["dy"], blocks.transposed(refs["x"]))) * blocks.finite(blocks.decays(tokens))
+            synchronize()
+            store(pairs, (weights * blocks.load(smem["scores"])).astype(self.dtype))
+            plgpu.commit_smem()
+            sum_of_weights = sum_of_weights + weights
+            # Row t of the first product: for each s, the sum over the tokens from t.
+            passing, y = blocks.products(([(smem["from_row"], pairs)], None), ([(smem["C"], states)], None))
+            side = blocks.load(smem["side"])
+            self.put("within", head, jnp.sum(passing * jnp.maximum(side, 0.0), axis=1))
+            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
+            self.put("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
+            across = blocks.product((refs["dstates"], states))
+            side = blocks.load(smem["side"])
+            self.put("across", head, jnp.sum(across * (1.0 - jnp.abs(side)), axis=1))
+            return sum_of_weights
+
+        zeros = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), blocks.LAYOUT)
+        row, column = blocks.coordinates((CHUNK, CHUNK))
+        weights = jnp.where(column <= row, self.over_heads(work, zeros), 0.0)
+        synchronize()
+        store(pairs, weights.astype(self.dtype))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(smem["made"])
+
+    def matrices(self) -> None:
+        """Third warpgroup: loads, and the gradients of B and C."""
+        smem = self.smem
+        columns = pl.ds(self.launch.columns.start, self.launch.num_columns)
+
+        def work(head: Any, refs: Refs, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            del head
+            dB, dC = gradients
+            tokens = refs["tokens"]
+            to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
+            weighted = (blocks.load(refs["x"]) * blocks.by_row(to_end, CHANNELS)).astype(self.dtype)
+            dB = blocks.product((weighted, refs["dstates"].at[:, columns]), plus=dB)
+            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
+            weighted = (blocks.load(refs["dy"]) * blocks.by_row(decay, CHANNELS)).astype(self.dtype)
+            return dB, blocks.product((weighted, refs["states"].at[:, columns]), plus=dC)
+
+        zeros = plgpu.layout_cast(jnp.zeros((CHUNK, self.launch.num_columns), jnp.float32), blocks.LAYOUT)
+        dB, dC = self.over_heads(work, (zeros, zeros), refill=True)
+        plgpu.barrier_wait(smem["made"])
+        weights = smem["pairs"]
+        dB, dC = blocks.products(
+            ([(blocks.transposed(weights), smem["C"].at[:, columns])], dB), ([(weights, smem["B"].at[:, columns])], dC)
+        )
+        for name, gradient in (("dB", dB), ("dC", dC)):
+            width = self.launch.num_columns
+            target = self.gmem[name].at[self.split, self.batch, blocks.chunk_rows(self.chunk)]
+            store(target.at[:, pl.ds(self.group * width, width)], gradient)

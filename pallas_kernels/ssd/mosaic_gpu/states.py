@@ -1,0 +1,65 @@
+"""Kernel that walks over the chunks for their states alone, or for the gradients of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.ssd.mosaic_gpu import blocks
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem, Refs
+
+
+def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bool) -> dict[str, jax.Array]:
+    """Carries the state over the chunks of each part, or its gradient the other way.
+
+    With ``x``, ``B`` in the one case and ``dy``, ``C`` in the other, each times its decay to the end that is ahead::
+
+        state = decay of the chunk · state + x^T B
+
+    Args:
+        p: shapes.
+        inputs: as ``Problem`` describes them: "tokens", "x", "B" or, in reverse, "dy", "C", and perhaps "start".
+        reverse: whether to start with the last chunk, and carry a gradient.
+        save: whether to write down the state before each chunk; in reverse, its gradient after the chunk.
+
+    Returns:
+        "end", as "start" would be, what is left at the other end of each part; with ``save`` also "states".
+    """
+    signal, matrix = ("dy", "C") if reverse else ("x", "B")
+    dtype = inputs[signal].dtype
+    inputs = {name: inputs[name] for name in (signal, matrix, "tokens", "start") if name in inputs}
+    outputs: dict[str, Any] = {"end": p.part_states_type()}
+    scratch = p.walk_buffers([matrix], signal, dtype)
+    if save:
+        outputs["states"] = p.states_type(dtype)
+        scratch["state"] = blocks.operand(p.warpgroups, CHANNELS, p.state, dtype=dtype)
+
+    def states(gmem: Refs, smem: Refs) -> None:
+        block = p.block()
+
+        def step(chunk: Any, refs: Refs, release: Any, state: jax.Array) -> jax.Array:
+            tokens = refs["tokens"]
+            whole = tokens[0, CHUNK - 1]
+            if reverse:
+                weight = jnp.exp2(blocks.load(tokens.at[0], blocks.COLUMNS))
+            else:
+                weight = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
+            weighted = blocks.load(blocks.transposed(refs[signal])) * blocks.by_column(weight, CHANNELS)
+            if save:
+                buffer = smem["state"].at[block.warpgroup]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                store(buffer, state.astype(dtype))
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(buffer, gmem["states"].at[block.batch, block.head, chunk])
+            release()
+            return blocks.product((weighted.astype(dtype), refs[matrix]), plus=state * jnp.exp2(whole))
+
+        state = p.walk(gmem, smem, block, [matrix], signal, step, p.start(gmem, block), reverse=reverse)
+        store(gmem["end"].at[block.batch, block.part, block.head], state)
+
+    grid = {"part": p.parts, "batch": p.batch, "heads": p.groups * p.blocks_per_group}
+    return blocks.launch(states, inputs, outputs, scratch, grid, p.warpgroups)

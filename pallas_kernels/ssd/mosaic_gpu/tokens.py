@@ -1,0 +1,122 @@
+"""What the other kernels need of every head and token besides matrices, and the kernel that puts it together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.elementwise import LOG2_E
+from pallas_kernels.mosaic_gpu_compat import LANES, WARPS, plgpu, register_tile, store, synchronize
+from pallas_kernels.ssd.mosaic_gpu import blocks
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK, TOKEN_ROWS, Refs
+
+LOWEST = -160.0
+"""Least logarithm to base 2 of a decay: two to this power is zero in float32."""
+_LEAST_STEP_SIZE = 1e-30
+"""Stands for step sizes of zero, which have no logarithm; what it lets through is nothing in float32."""
+
+_HEADS = LANES
+"""Heads of a block, a lane each; its warps take a quarter of the chunk each."""
+_STEPS = CHUNK // WARPS
+_PITCH = _HEADS + 4
+"""Of rows in shared memory, such that the numbers of a column are in several banks."""
+
+_BY_HEAD = register_tile([(WARPS, _HEADS), (1, _HEADS), (1, 1)], warp_dims=(-6,), lane_dims=(-3,), vector_dim=-1)
+_BY_TOKEN = register_tile(
+    [(_HEADS, WARPS, _STEPS), (_HEADS // WARPS, WARPS, _STEPS), (1, LANES // _STEPS, _STEPS), (1, 1, 1)],
+    warp_dims=(-12,),
+    lane_dims=(-5, -4),
+    vector_dim=-1,
+)
+
+_Sum = tuple[jax.Array, jax.Array]
+"""A number and what its rounding took."""
+
+
+def pack(
+    delta: Float[Array, "batch length heads"], log_decay: Float[Array, "batch length heads"]
+) -> Float[Array, "batch padded_heads chunks 3 64"]:
+    """Puts together what the kernels load of every token.
+
+    Args:
+        delta: step sizes.
+        log_decay: natural logarithms of what each token leaves of the state before it.
+
+    Returns:
+        For whole chunks, and at least these heads: "total", the sum of the logarithms to base 2 of the decays from the
+        first token of the chunk to this one; "offset", such that 2^(total[t] - offset[s]) is what is left at token t
+        of what token s added, its step size included; and the step size. Tokens after the end change nothing.
+    """
+    batch, length, heads = delta.shape
+    length, heads = -(-length // CHUNK) * CHUNK, -(-heads // _HEADS) * _HEADS
+
+    def cut(array: jax.Array) -> jax.Array:
+        padding = [(0, wanted - size) for wanted, size in zip((batch, length, heads), array.shape, strict=True)]
+        return jnp.pad(array, padding).reshape(batch, length // CHUNK, WARPS, _STEPS, heads)
+
+    inputs = {
+        "delta": jnp.maximum(cut(delta), _LEAST_STEP_SIZE),
+        "log_decay": jnp.maximum(cut(log_decay) * LOG2_E, LOWEST),
+    }
+    outputs = {"tokens": jax.ShapeDtypeStruct((batch, heads, length // CHUNK, TOKEN_ROWS, WARPS, _STEPS), jnp.float32)}
+    scratch = {
+        "rows": plgpu.SMEM((2, WARPS, _STEPS, _PITCH), jnp.float32),
+        "ends": plgpu.SMEM((2, WARPS, _PITCH), jnp.float32),
+    }
+
+    def pack_tokens(gmem: Refs, smem: Refs) -> None:
+        batch, chunk = lax.axis_index("batch"), lax.axis_index("chunk")
+        heads = pl.ds(lax.axis_index("heads") * _HEADS, _HEADS)
+
+        def step(name: str, i: Any) -> jax.Array:
+            return plgpu.load(gmem[name].at[batch, chunk, :, i, heads], layout=_BY_HEAD, optimized=False)
+
+        # First the sum of each warp's tokens, then cumulative sums that start with those of the warps before.
+        zeros = plgpu.layout_cast(jnp.zeros((WARPS, _HEADS), jnp.float32), _BY_HEAD)
+        end = lax.fori_loop(0, _STEPS, lambda i, total: _add(total, step("log_decay", i)), (zeros, zeros))
+        for ref, part in zip((smem["ends"].at[0], smem["ends"].at[1]), end, strict=True):
+            store(ref.at[:, :_HEADS], part)
+        synchronize()
+        total = (zeros, zeros)
+        warp = plgpu.broadcasted_iota(jnp.int32, (WARPS, _HEADS), 0, layout=_BY_HEAD)
+        for before in range(WARPS - 1):
+            parts = []
+            for i in range(2):
+                row = plgpu.load(smem["ends"].at[i, before, :_HEADS], layout=_BY_HEAD.reduce(0), optimized=False)
+                row = plgpu.layout_cast(lax.broadcast_in_dim(row, (WARPS, _HEADS), (1,)), _BY_HEAD)
+                parts.append(jnp.where(warp > before, row, 0.0))
+            high, low = _add(total, parts[0])
+            total = high, low + parts[1]
+
+        def keep(i: Any, total: _Sum) -> _Sum:
+            total = _add(total, step("log_decay", i))
+            store(smem["rows"].at[0, :, i, :_HEADS], total[0] + total[1])
+            store(smem["rows"].at[1, :, i, :_HEADS], step("delta", i))
+            return total
+
+        lax.fori_loop(0, _STEPS, keep, total)
+        synchronize()
+        totals, deltas = (
+            plgpu.load(smem["rows"].at[i, :, :, :_HEADS].transpose((2, 0, 1)), layout=_BY_TOKEN, optimized=False)
+            for i in range(2)
+        )
+        target = gmem["tokens"].at[batch, heads, chunk]
+        for row, value in enumerate((totals, totals - jnp.log2(deltas), deltas)):
+            store(target.at[:, row], value)
+
+    grid = {"batch": batch, "chunk": length // CHUNK, "heads": heads // _HEADS}
+    tokens = blocks.launch(pack_tokens, inputs, outputs, scratch, grid, 1)["tokens"]
+    return tokens.reshape(batch, heads, length // CHUNK, TOKEN_ROWS, CHUNK)
+
+
+def _add(total: _Sum, number: jax.Array) -> _Sum:
+    """Adds a number, and keeps what the rounding takes (Knuth): behind tokens that forget everything sums are large."""
+    high, low = total
+    new = high + number
+    taken = new - high
+    return new, low + ((high - (new - taken)) + (number - taken))
