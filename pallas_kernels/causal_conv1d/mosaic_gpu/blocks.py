@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,22 +14,13 @@ from jax import lax
 
 from pallas_kernels.causal_conv1d.mosaic_gpu.geometry import Geometry
 from pallas_kernels.mosaic_gpu_compat import WARPS, plgpu, store
-from pallas_kernels.sharding import vary_like
+from pallas_kernels.mosaic_gpu_launch import Refs
 
-Refs = Mapping[str, Any]
 Rows = tuple[jax.Array, ...]
 """Arrays in registers, each with one number for every channel of every stretch of the block."""
 
 REACH_LANES = 8
 """Numbers a step in "reach": at least one a warp, and enough bytes in a chunk for a bulk copy."""
-
-_COMPILER_PARAMS = plgpu.CompilerParams(
-    approx_math=True,
-    # A warp reads and writes only its own part of the buffers; what the copies need is fenced by hand, once a chunk.
-    unsafe_no_auto_barriers=True,
-    # Register layouts are given, not inferred.
-    lowering_semantics=plgpu.LoweringSemantics.Lane,
-)
 
 
 class Block(NamedTuple):
@@ -84,31 +75,10 @@ class Problem:
         """Where a warp's stretch begins."""
         return block.index * self.geometry.tokens + warp * self.geometry.stretch
 
-    def launch(
-        self,
-        body: Callable[[Refs, Refs], None],
-        inputs: Mapping[str, jax.Array],
-        outputs: Mapping[str, Any],
-        scratch: Refs,
-    ) -> dict[str, jax.Array]:
-        """Runs ``body(gmem, smem)`` in every block; it gets its references by name."""
-
-        def kernel_body(*gmem: Any, **smem: Any) -> None:
-            body(dict(zip([*inputs, *outputs], gmem, strict=True)), smem)
-
-        kernel_body.__name__ = f"causal_conv1d_{body.__name__}"
-        kernel = plgpu.kernel(
-            kernel_body,
-            out_type=tuple(outputs.values()),
-            scratch_types=dict(scratch),
-            # The last dimension may be large, the others no more than 65535.
-            grid=(self.token_blocks, self.batch * self.channel_blocks),
-            grid_names=("tokens", "columns"),
-            compiler_params=_COMPILER_PARAMS,
-        )
-        with jax.enable_x64(False):  # Python's numbers are 32 bits wide in a kernel, whatever the caller's are.
-            results = kernel(*inputs.values())
-        return {name: vary_like(array, inputs["x"]) for name, array in zip(outputs, results, strict=True)}
+    @property
+    def grid(self) -> dict[str, int]:
+        """Blocks along each axis."""
+        return {"tokens": self.token_blocks, "columns": self.batch * self.channel_blocks}
 
 
 def reaches(p: Problem, starts: jax.Array) -> jax.Array:

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.causal_conv1d.mosaic_gpu import blocks
-from pallas_kernels.causal_conv1d.mosaic_gpu.blocks import Block, Problem, Refs, Rows
+from pallas_kernels.causal_conv1d.mosaic_gpu.blocks import Block, Problem, Rows
 from pallas_kernels.elementwise import sigmoid
 from pallas_kernels.mosaic_gpu_compat import WARPS, plgpu, store
+from pallas_kernels.mosaic_gpu_launch import Refs, launch
 
 
 class Carry(NamedTuple):
@@ -73,7 +74,7 @@ def forward(p: Problem, inputs: Mapping[str, jax.Array]) -> jax.Array:
 
         blocks.stream(p, gmem, smem, streamed, block, chunk, history, lead=0)
 
-    return p.launch(forward, inputs, {"y": jax.ShapeDtypeStruct(x.shape, x.dtype)}, scratch)["y"]
+    return launch("causal_conv1d", forward, inputs, {"y": jax.ShapeDtypeStruct(x.shape, x.dtype)}, scratch, p.grid)["y"]
 
 
 def backward(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -152,7 +153,7 @@ def backward(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array
             target = gmem["dparameters"].at[block.batch, block.index, i, block.channels]
             store(target, blocks.sum_over_warps(g, smem["totals"], total))
 
-    results = p.launch(backward, inputs, outputs, scratch)
+    results = launch("causal_conv1d", backward, inputs, outputs, scratch, p.grid)
     return {name.removeprefix("d"): array for name, array in results.items()}
 
 

@@ -14,10 +14,9 @@ from jax import lax
 
 from pallas_kernels.elementwise import softplus
 from pallas_kernels.mosaic_gpu_compat import plgpu, store
-from pallas_kernels.selective_scan.mosaic_gpu.geometry import COMPILER_PARAMS, KEEP_LANES, Geometry, Layout
-from pallas_kernels.sharding import vary_like
+from pallas_kernels.mosaic_gpu_launch import Refs, launch
+from pallas_kernels.selective_scan.mosaic_gpu.geometry import KEEP_LANES, Geometry, Layout
 
-Refs = Mapping[str, Any]
 State = tuple[jax.Array, ...]
 """The states of a block's channels in registers, one array a register tile."""
 
@@ -131,28 +130,16 @@ class Problem:
 
         Each warpgroup gets its own piece of scratch memory, what ``_COMMON`` names excepted.
         """
-        warpgroups = self.geometry.warpgroups
 
-        def kernel_body(*gmem: Any, **smem: Any) -> None:
+        def with_own(gmem: Refs, smem: Refs) -> None:
             warpgroup = lax.axis_index("warpgroup")
-            own = {name: ref if name in _COMMON else ref.at[warpgroup] for name, ref in smem.items()}
-            body(dict(zip([*inputs, *outputs], gmem, strict=True)), own)
+            body(gmem, {name: ref if name in _COMMON else ref.at[warpgroup] for name, ref in smem.items()})
 
-        kernel_body.__name__ = f"selective_scan_{body.__name__}"
-        kernel = plgpu.kernel(
-            kernel_body,
-            out_type=tuple(outputs.values()),
-            scratch_types=dict(scratch),
-            grid=(num_parts or self.num_parts, self.batch, self.channels // self.geometry.block_channels),
-            grid_names=("part", "batch", "channels"),
-            num_threads=warpgroups,
-            thread_name="warpgroup",
-            compiler_params=COMPILER_PARAMS,
-        )
-        with jax.enable_x64(False):  # Python's numbers are 32 bits wide in a kernel, whatever the caller's are.
-            results = kernel(*inputs.values())
-        one_input = next(iter(inputs.values()))
-        return {name: vary_like(array, one_input) for name, array in zip(outputs, results, strict=True)}
+        with_own.__name__ = body.__name__
+        blocks = self.channels // self.geometry.block_channels
+        grid = {"part": num_parts or self.num_parts, "batch": self.batch, "channels": blocks}
+        warpgroups = self.geometry.warpgroups
+        return launch("selective_scan", with_own, inputs, outputs, scratch, grid, warpgroups=warpgroups)
 
     def scratch(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Shared memory of this shape for each warpgroup."""

@@ -13,8 +13,9 @@ from jax import lax
 
 from pallas_kernels.elementwise import sigmoid
 from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
+from pallas_kernels.mosaic_gpu_launch import Refs
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
-from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, Refs, State
+from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, State
 from pallas_kernels.selective_scan.mosaic_gpu.geometry import SAVED_STEPS, Geometry
 from pallas_kernels.selective_scan.mosaic_gpu.stream import Stream
 

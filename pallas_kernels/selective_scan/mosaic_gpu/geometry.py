@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from pallas_kernels.mosaic_gpu_compat import LANES, WARPS, plgpu, register_tile
+from pallas_kernels.mosaic_gpu_compat import LANES, WARPS, register_tile
 
 Layout = Any
 
@@ -148,12 +148,3 @@ class Geometry:
     def register_tiles(self) -> list[slice]:
         """Channels of the block, one register tile after the other."""
         return [slice(c, c + self.tile_channels) for c in range(0, self.channels, self.tile_channels)]
-
-
-COMPILER_PARAMS = plgpu.CompilerParams(
-    approx_math=True,
-    # Every exchange between lanes through shared memory is fenced by hand, once a chunk instead of once a store.
-    unsafe_no_auto_barriers=True,
-    # Register layouts are given, not inferred.
-    lowering_semantics=plgpu.LoweringSemantics.Lane,
-)

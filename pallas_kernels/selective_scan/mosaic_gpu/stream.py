@@ -10,7 +10,8 @@ import jax.experimental.pallas as pl
 from jax import lax
 
 from pallas_kernels.mosaic_gpu_compat import plgpu
-from pallas_kernels.selective_scan.mosaic_gpu.blocks import SHARED, Block, Problem, Refs
+from pallas_kernels.mosaic_gpu_launch import Refs
+from pallas_kernels.selective_scan.mosaic_gpu.blocks import SHARED, Block, Problem
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
+from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem, Refs
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem
 from pallas_kernels.ssd.mosaic_gpu.slopes import Slopes
 
 MAX_COLUMNS = 128
@@ -108,7 +109,7 @@ class _Backward:
             _Block(self, gmem, smem).run()
 
         grid = {"group": p.groups, "batch": p.batch, "chunk": p.chunks, "split": self.splits}
-        return blocks.launch(backward, inputs, outputs, scratch, grid, 3)
+        return launch("ssd", backward, inputs, outputs, scratch, grid, warpgroups=3)
 
 
 class _Block:

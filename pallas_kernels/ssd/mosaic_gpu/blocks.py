@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu_compat import interpreted, plgpu
-from pallas_kernels.sharding import vary_like
-
-Refs = Mapping[str, Any]
+from pallas_kernels.mosaic_gpu_launch import Refs
 
 CHUNK = 64
 """Tokens of a chunk: the rows that one matrix instruction of a warpgroup computes."""
@@ -34,14 +32,6 @@ COLUMNS = LAYOUT.reduce(0)
 """Registers of a number a column of a matrix."""
 
 _OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
-
-_COMPILER_PARAMS = plgpu.CompilerParams(
-    approx_math=True,
-    # Every exchange through shared memory is fenced by hand.
-    unsafe_no_auto_barriers=True,
-    # Register layouts are given, not inferred.
-    lowering_semantics=plgpu.LoweringSemantics.Lane,
-)
 
 
 class Block(NamedTuple):
@@ -215,36 +205,6 @@ class Problem:
         carry = lax.fori_loop(0, count, walk_chunk, carry)
         plgpu.wait_smem_to_gmem(0)
         return carry
-
-
-def launch(
-    body: Callable[[Refs, Refs], None],
-    inputs: Mapping[str, jax.Array],
-    outputs: Mapping[str, Any],
-    scratch: Refs,
-    grid: Mapping[str, int],
-    warpgroups: int,
-) -> dict[str, jax.Array]:
-    """Runs ``body(gmem, smem)`` in every warpgroup of every block; it gets its references by name."""
-
-    def kernel_body(*gmem: Any, **smem: Any) -> None:
-        body(dict(zip([*inputs, *outputs], gmem, strict=True)), smem)
-
-    kernel_body.__name__ = f"ssd_{body.__name__}"
-    kernel = plgpu.kernel(
-        kernel_body,
-        out_type=tuple(outputs.values()),
-        scratch_types=dict(scratch),
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-        compiler_params=_COMPILER_PARAMS,
-    )
-    with jax.enable_x64(False):  # Python's numbers are 32 bits wide in a kernel, whatever the caller's are.
-        results = kernel(*inputs.values())
-    one_input = next(iter(inputs.values()))
-    return {name: vary_like(array, one_input) for name, array in zip(outputs, results, strict=True)}
 
 
 def chunk_rows(chunk: Any) -> Any:

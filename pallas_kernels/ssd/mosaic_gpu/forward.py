@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem, Refs
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> dict[str, jax.Array]:
@@ -83,4 +84,4 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         store(gmem["end"].at[block.batch, block.part, block.head], state)
 
     grid = {"part": p.parts, "batch": p.batch, "heads": p.groups * p.blocks_per_group}
-    return blocks.launch(forward, inputs, outputs, scratch, grid, p.warpgroups)
+    return launch("ssd", forward, inputs, outputs, scratch, grid, warpgroups=p.warpgroups)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem, Refs
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bool) -> dict[str, jax.Array]:
@@ -62,4 +63,4 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
         store(gmem["end"].at[block.batch, block.part, block.head], state)
 
     grid = {"part": p.parts, "batch": p.batch, "heads": p.groups * p.blocks_per_group}
-    return blocks.launch(states, inputs, outputs, scratch, grid, p.warpgroups)
+    return launch("ssd", states, inputs, outputs, scratch, grid, warpgroups=p.warpgroups)

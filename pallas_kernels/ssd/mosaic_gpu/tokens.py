@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.elementwise import LOG2_E
 from pallas_kernels.mosaic_gpu_compat import LANES, WARPS, plgpu, register_tile, store, synchronize
-from pallas_kernels.ssd.mosaic_gpu import blocks
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK, TOKEN_ROWS, Refs
+from pallas_kernels.mosaic_gpu_launch import Refs, launch
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK, TOKEN_ROWS
 
 LOWEST = -160.0
 """Least logarithm to base 2 of a decay: two to this power is zero in float32."""
@@ -110,7 +110,7 @@ def pack(
             store(target.at[:, row], value)
 
     grid = {"batch": batch, "chunk": length // CHUNK, "heads": heads // _HEADS}
-    tokens = blocks.launch(pack_tokens, inputs, outputs, scratch, grid, 1)["tokens"]
+    tokens = launch("ssd", pack_tokens, inputs, outputs, scratch, grid)["tokens"]
     return tokens.reshape(batch, heads, length // CHUNK, TOKEN_ROWS, CHUNK)
 
 
