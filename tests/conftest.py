@@ -33,6 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"JAX sees no GPU, only {jax.default_backend()}"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def release_compiled_programs() -> Iterator[None]:
+    """Forgets what a file compiled: each program takes three of the 65,530 memory maps that Linux gives a process.
+
+    Without this the suite, in two processes, comes to where the compiler crashes.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def no_shape_checks() -> Iterator[None]:
     """Lets wrong shapes through to the code's own validation, as outside the tests."""
