@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def release_compiled_programs() -> Iterator[None]:
     """Forgets what a file compiled: each program takes three of the 65,530 memory maps that Linux gives a process.
 
-    Without this the suite, in two processes, comes to where the compiler crashes.
+    Without this the suite, in two processes, once ended in a crash of the compiler, for which this is the likely cause.
     """
     yield
     jax.clear_caches()
