@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.tune_selective_scan import L2_BYTES, device_times
+from benchmarks.tune_selective_scan import L2_BYTES, device_times, relative_errors
 from pallas_kernels.ssd import mosaic_gpu, reference
 from pallas_kernels.ssd.inputs import Inputs
 from pallas_kernels.ssd.mosaic_gpu import plan
@@ -255,20 +255,11 @@ def _errors(shape: Shape) -> dict[str, float]:
         (y, final), vjp = jax.vjp(lambda a: run(inputs._replace(**a), **OPTIONS), arrays)
         return {"y": y, "final_state": final, **{f"d{k}": v for k, v in vjp((dy, dstate))[0].items()}}
 
-    run = jax.jit(functools.partial(gradients, mosaic_gpu.ssd))
-    got = run(inputs, dy, dstate)
-    again = run(inputs, dy, dstate)
-    wide = jax.tree.map(lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, inputs)
-    expected = jax.jit(functools.partial(gradients, reference.ssd))(
-        wide, dy.astype(jnp.float64), dstate.astype(jnp.float64)
+    return relative_errors(
+        functools.partial(gradients, mosaic_gpu.ssd),
+        functools.partial(gradients, reference.ssd),
+        (inputs, dy, dstate),
     )
-    errors = {}
-    for name, value in expected.items():
-        if not (got[name] == again[name]).all():
-            raise RuntimeError(f"{name} differs from run to run")
-        value = np.asarray(value, np.float64)
-        errors[name] = float(np.linalg.norm(np.asarray(got[name], np.float64) - value) / np.linalg.norm(value))
-    return errors
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Geometry:
     shared_stages: int = 4
     """The same for what warpgroups share: how far the first may be ahead of the last."""
     unroll: int = 2
-    """Steps whose operands are loaded before the first of them is computed."""
+    """Steps whose operands are loaded before the first of them is computed, except in the backward kernel."""
 
     @property
     def state_lanes(self) -> int:
