@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 from matplotlib.figure import Figure
 
-from mamba_jax.long_context import figures, measurements
+from mamba_jax.long_context import diagnostics, figures, measurements
 from mamba_jax.long_context.calibration import Calibration
 from mamba_jax.models.language_model import LanguageModel
 from train import calibrate
@@ -42,7 +42,8 @@ def run(
         out: folder to write to, made where there is none.
         calibration: file of 'mamba-jax calibrate'; None measures with its defaults.
         length: tokens of the extended sequence; None takes 8 times the training length.
-        layer: layer that figures 1, 7 and 8 show; None takes the middle one of those with a delta.
+        layer: layer that figures 1, 7 and 8 show; None takes the middle one of those with a delta. Figures of hidden
+            attention and of states leave out layers that have none (Mamba-3).
 
     Raises:
         UserError: a file cannot be read or written, or the calibration is of another model.
@@ -82,14 +83,17 @@ def _figures(
 
     yield "channels", layers, figures.census(layers)
 
-    five = {layer: layers.pick(layer, local=3, globals_=2)}
-    for part, sequence in (("a", at_training_length), ("b", tokens)):
-        maps = measurements.attention_maps(model, sequence, layers, five)
-        title = f"Hidden attention at {sequence.shape[1]:,} tokens"
-        yield f"figure_01{part}_attention", maps, figures.attention_maps(maps, columns=len(maps.channel), title=title)
+    with_attention = diagnostics.layers_with_attention(model)
+    if layer in with_attention:
+        five = {layer: layers.pick(layer, local=3, globals_=2)}
+        for part, sequence in (("a", at_training_length), ("b", tokens)):
+            maps = measurements.attention_maps(model, sequence, layers, five)
+            title = f"Hidden attention at {sequence.shape[1]:,} tokens"
+            picture = figures.attention_maps(maps, columns=len(maps.channel), title=title)
+            yield f"figure_01{part}_attention", maps, picture
 
-    fields = measurements.receptive_fields(model, tokens, layers, layer, layers.pick(layer, local=2, globals_=2))
-    yield "figure_07_receptive_field", fields, figures.receptive_fields(fields)
+        fields = measurements.receptive_fields(model, tokens, layers, layer, layers.pick(layer, local=2, globals_=2))
+        yield "figure_07_receptive_field", fields, figures.receptive_fields(fields)
 
     slowest = np.argsort(layers.log10_decay[layer])[::-1][:4]
     decay = measurements.extended_decay(model, calibration, tokens, layers, layer, slowest, doublings)
@@ -100,18 +104,20 @@ def _figures(
         curves = measurements.decay_curves(model, tokens, layers, shown, first_24)
         yield f"figure_{number:02}_decay_layer_{shown}", curves, figures.decay_curves(curves)
 
+    share = measurements.filtered_share(model, calibration, tokens, layers, doublings[1:])
+    yield "filtered_share", share, figures.filtered_share(share)
+
+    if not with_attention:
+        return
     twelve = {
         shown: np.unique(np.linspace(0, layers.is_global[shown].size - 1, 12).round().astype(int))
-        for shown in _spread(list(layers.is_global), 4)
+        for shown in _spread(with_attention, 4)
     }
     columns = min(12, *(len(channels) for channels in twelve.values()))
     for number, sequence in ((15, at_training_length), (16, tokens)):
         maps = measurements.attention_maps(model, sequence, layers, twelve, pixels=120)
         title = f"Hidden attention at {sequence.shape[1]:,} tokens"
         yield f"figure_{number}_attention", maps, figures.attention_maps(maps, columns=columns, title=title)
-
-    share = measurements.filtered_share(model, calibration, tokens, layers, doublings[1:])
-    yield "filtered_share", share, figures.filtered_share(share)
 
     norms = measurements.state_norms(model, calibration, tokens, layers)
     yield "state_norms", norms, figures.state_norms(norms)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -276,7 +275,8 @@ def _decay_rates(model: LanguageModel, place: int) -> int:
         block = jax.tree.map(lambda stacked: stacked[0], blocks)
         return block.mixer.selection(jnp.zeros((1, 1, model.config.width), block.compute_dtype)).A
 
-    return math.prod(jax.eval_shape(of_first, model.blocks[place]).shape[1:])
+    A = jax.eval_shape(of_first, model.blocks[place])
+    return 1 if A.ndim == 1 else A.shape[-1]
 
 
 def _statistics(selection: Selection, clamp: float | None):

@@ -103,21 +103,23 @@ def effective_receptive_field(
     return jnp.where(total > 0, distance @ weight / jnp.where(total > 0, total, 1), 0)
 
 
-def log_decay(
-    delta: Float[Array, "*tokens channels"], A: Float[Array, "channels *state"]
-) -> Float[Array, "*tokens channels"]:
+def log_decay(delta: Float[Array, "*tokens channels"], A: Float[Array, "*rates"]) -> Float[Array, "*tokens channels"]:
     """Natural logarithm of what a token leaves of the state before it: log mean_n exp(delta A_n).
 
     Kept as a logarithm because the products that channels are told apart by, such as 1e-40, are no float32 numbers.
+
+    Args:
+        delta: step sizes.
+        A: decay rates, (channels,) or (channels, state); or each token's own, (*tokens, channels, state).
     """
-    A = A.reshape(A.shape[0], -1)
-    return jax.nn.logsumexp(delta[..., None] * A, axis=-1) - math.log(A.shape[1])
+    A = A[:, None] if A.ndim == 1 else A
+    return jax.nn.logsumexp(delta[..., None] * A, axis=-1) - math.log(A.shape[-1])
 
 
 def log_cumulative_decay(
-    delta: Float[Array, "length channels"], A: Float[Array, "channels *state"]
+    delta: Float[Array, "length channels"], A: Float[Array, "*rates"]
 ) -> Float[Array, "length channels"]:
-    """Natural logarithm of what is left of the initial state after each token (eq. 14)."""
+    """Natural logarithm of what is left of the initial state after each token (eq. 14); ``A`` as in ``log_decay``."""
     return jnp.cumsum(log_decay(delta, A), axis=0)
 
 
@@ -164,6 +166,23 @@ def state_norms(selection: Selection, every: int) -> Float[Array, "batch samples
 
     start = jnp.zeros((batch_size, *selection.x.shape[2:], selection.B.shape[-1]), jnp.float32)
     return jnp.moveaxis(jax.lax.scan(advance, start, chunks)[1], 0, 1)
+
+
+def layers_with_attention(model: LanguageModel) -> list[int]:
+    """Numbers, from the bottom, of the layers with a delta whose hidden attention can be computed.
+
+    Not Mamba-3's: there a token's input enters the state at the next token's step too, and a head may have several.
+    """
+
+    def selections(model):
+        return model.map_mixers(
+            lambda mixer, x: mixer.selection(x) if isinstance(mixer, SelectiveMixer) else None,
+            jnp.zeros((1, 1), jnp.int32),
+        )
+
+    of_places = jax.eval_shape(selections, model)
+    has_attention = [selection is not None and selection.B is not None for selection in of_places]
+    return [layer for layer in range(model.config.num_layers) if has_attention[layer % len(has_attention)]]
 
 
 def selection_of_layer(model: LanguageModel, tokens: Int[Array, "batch length"], layer: int) -> Selection:

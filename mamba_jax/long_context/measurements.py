@@ -89,7 +89,7 @@ def attention_maps(
     *,
     pixels: int = 200,
 ) -> AttentionMaps:
-    """Maps of some channels of some layers, by number of the layer."""
+    """Maps of some channels of some layers, by number of the layer; of ``diagnostics.layers_with_attention``."""
     parts = [
         _maps_of_layer(diagnostics.selection_of_layer(model, tokens, layer), chosen, pixels)
         for layer, chosen in channels.items()
@@ -138,7 +138,7 @@ class ReceptiveFields:
 def receptive_fields(
     model: LanguageModel, tokens: Int[Array, "1 length"], layers: Layers, layer: int, channels: Int[np.ndarray, " c"]
 ) -> ReceptiveFields:
-    """Fields of some channels of a layer, at lengths up to that of the sequence."""
+    """Fields of some channels of a layer, of ``diagnostics.layers_with_attention``, at lengths up to the sequence's."""
     selection = diagnostics.selection_of_layer(model, tokens, layer)
     shortest = min(64, tokens.shape[1])
     lengths = np.unique(np.geomspace(shortest, tokens.shape[1], 12).round().astype(int))
@@ -228,7 +228,8 @@ def extended_decay(
 def _decay(model, tokens, layer: int, channels, points: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions, from 1, as many as wanted but no more than fit on paper, and log10 decay there, (channels, points)."""
     selection = diagnostics.selection_of_layer(model, tokens, layer)
-    log_decay = diagnostics.log_cumulative_decay(selection.delta[0], selection.A)
+    A = selection.A if selection.A.ndim < 3 else selection.A[0]
+    log_decay = diagnostics.log_cumulative_decay(selection.delta[0], A)
     position = np.linspace(1, tokens.shape[1], min(_POINTS, points)).round().astype(int)
     return position, np.asarray(log_decay)[position - 1][:, channels].T / math.log(10)
 
@@ -274,7 +275,10 @@ def filtered_share(
 
 @dataclasses.dataclass(frozen=True)
 class StateNorms:
-    """Norms of the states while a model reads, as it is and with LongMamba streaming; medians over channels."""
+    """Norms of the states while a model reads, as it is and with LongMamba streaming; medians over channels.
+
+    Of ``diagnostics.layers_with_attention``.
+    """
 
     training_length: int
     layer: Int[np.ndarray, " layers"]
@@ -289,13 +293,17 @@ def state_norms(
     """Norms of the states of global channels; of all, in a layer that has no global ones."""
     every = max(tokens.shape[1] // 100, 1)
 
+    def norms_of_layer(selection: Selection):
+        return None if selection.B is None else diagnostics.state_norms(selection, every)[0]
+
     def medians(model: LanguageModel) -> np.ndarray:
-        norms = diagnostics.collect(model, tokens, lambda selection: diagnostics.state_norms(selection, every)[0])
+        norms = diagnostics.collect(model, tokens, norms_of_layer)
         return np.stack([np.median(norm[:, _or_all(layers.is_global[layer])], axis=1) for layer, norm in norms.items()])
 
     original, extended = medians(model), medians(apply_longmamba(model, calibration))
     position = every * np.arange(1, original.shape[1] + 1)
-    return StateNorms(layers.training_length, np.array(list(layers.is_global)), position, original, extended)
+    shown = np.array(diagnostics.layers_with_attention(model))
+    return StateNorms(layers.training_length, shown, position, original, extended)
 
 
 def _or_all(mask: np.ndarray) -> np.ndarray:

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int
 from mamba_jax import initializers, sharding
 from mamba_jax.layers.linear import Linear
 from mamba_jax.layers.norm import RMSNorm
+from mamba_jax.mixers.base import Leaf
+from mamba_jax.mixers.selective import Extender, Selection, extend, init_position
 from pallas_kernels.trapezoidal_ssd import State, trapezoidal_ssd, trapezoidal_ssd_step
 from pallas_kernels.trapezoidal_ssd import flops as trapezoidal_ssd_flops
 
@@ -91,12 +93,33 @@ class Mamba3Config:
         return Mamba3(self, width, num_layers=num_layers, compute_dtype=compute_dtype, rngs=rngs)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mamba3State:
+    """What a Mamba-3 layer remembers of the tokens before, in float32."""
+
+    ssm: Leaf
+    """State h, (batch, heads, head_dim, state)."""
+    B: Leaf
+    """Input matrices of the last token, after the bias, (batch, heads, rank, state)."""
+    x: Leaf
+    """Input of the last token, (batch, heads, head_dim)."""
+    position: Leaf | None = None
+    """Tokens of the document so far, (batch,), where the layer has an extender."""
+
+
 class Mamba3(nnx.Module):
     """u -> z, x, B, C, delta, A, lambda, theta; B, C -> norm; trapezoidal SSD, gated by z -> out_proj.
 
-    The state is that of ``trapezoidal_ssd``. The published in_proj is stored as the parts that a mesh shards
-    differently: by heads, by groups, or not at all.
+    The published in_proj is stored as the parts that a mesh shards differently: by heads, by groups, or not at all.
+
+    A token that an extender leaves out takes no step: the state neither decays nor turns, and the token's own input
+    does not enter it. The step of the token after it still begins there, and sees its input as that of any token
+    before.
     """
+
+    extender: Extender | None = None
+    delta_floor = 0.0
 
     def __init__(self, config: Mamba3Config, width: int, *, num_layers: int, compute_dtype: DTypeLike, rngs: nnx.Rngs):
         heads = config.num_heads(width)
@@ -152,34 +175,54 @@ class Mamba3(nnx.Module):
         self,
         x: Float[Array, "batch length width"],
         *,
-        state: State | None = None,
+        state: Mamba3State | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
-    ) -> tuple[Float[Array, "batch length width"], State]:
-        y, state = trapezoidal_ssd(  # pyright: ignore[reportAssignmentType]
-            *self._ssd_inputs(x),
+    ) -> tuple[Float[Array, "batch length width"], Mamba3State]:
+        inputs, position = self._ssd_inputs(x, None if state is None else state.position, segment_ids)
+        y, ssd_state = trapezoidal_ssd(  # pyright: ignore[reportAssignmentType]
+            **inputs,
             **self._ssd_parameters(),
             segment_ids=segment_ids,
-            initial_state=state,
+            initial_state=None if state is None else State(state.ssm, state.B, state.x),
             return_final_state=True,
             implementation=self.config.implementation,
         )
-        return self._project_out(y), state  # pyright: ignore[reportReturnType]
+        return self._project_out(y), Mamba3State(*ssd_state, position)  # pyright: ignore[reportReturnType]
 
-    def step(self, x: Float[Array, "batch width"], state: State) -> tuple[Float[Array, "batch width"], State]:
-        y, state = trapezoidal_ssd_step(state, *self._ssd_inputs(x), **self._ssd_parameters())
-        return self._project_out(y), state
+    def step(
+        self, x: Float[Array, "batch width"], state: Mamba3State
+    ) -> tuple[Float[Array, "batch width"], Mamba3State]:
+        inputs, position = self._ssd_inputs(x[:, None], state.position)
+        y, ssd_state = trapezoidal_ssd_step(
+            State(state.ssm, state.B, state.x),
+            **{name: array[:, 0] for name, array in inputs.items()},
+            **self._ssd_parameters(),
+        )
+        return self._project_out(y), Mamba3State(*ssd_state, position)
 
-    def init_state(self, batch_size: int) -> State:
+    def selection(
+        self,
+        x: Float[Array, "batch length width"],
+        *,
+        state: Mamba3State | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> Selection:
+        inputs, _ = self._ssd_inputs(x, None if state is None else state.position, segment_ids)
+        delta = jax.nn.softplus(inputs["delta"] + self.dt_bias[...])
+        return Selection(inputs["x"], delta, inputs["A"][..., None])
+
+    def init_state(self, batch_size: int) -> Mamba3State:
         config = self.config
 
         def zeros(*shape):
             axes = (sharding.BATCH, sharding.TENSOR, *(None,) * len(shape))
             return sharding.reshard(jnp.zeros((batch_size, self.heads, *shape)), axes)
 
-        return State(
+        return Mamba3State(
             ssm=zeros(config.head_dim, config.state_size),
             B=zeros(config.rank, config.state_size),
             x=zeros(config.head_dim),
+            position=init_position(self.extender, batch_size),
         )
 
     def flops(self, length: int) -> int:
@@ -194,28 +237,31 @@ class Mamba3(nnx.Module):
         )
         return length * (sum(projection.flops for projection in projections) + norms) + recurrence
 
-    def _ssd_inputs(self, u):
-        """x, delta, A, B, C, lambda, theta, D and z, as ``trapezoidal_ssd`` takes them."""
+    def _ssd_inputs(self, u, position, segment_ids=None):
+        """What ``trapezoidal_ssd`` takes of each token, and the position of the last one."""
         zx, BC = self.zx_proj(u), self.BC_proj(u)
         dynamics = self.dynamics_proj(u).astype(jnp.float32)
-        A = -jnp.maximum(heavy_tail(dynamics[..., 1, :]), self.config.decay_rate_floor)
-        return (
-            zx[..., 1, :, :],
-            dynamics[..., 0, :],
-            A,
-            self.B_norm(BC[..., 0, :, :]),
-            self.C_norm(BC[..., 1, :, :]),
-            jax.nn.sigmoid(dynamics[..., 2, :]),
-            jnp.tanh(self.angle_proj(u).astype(jnp.float32)),
-            self.D[...],
-            zx[..., 0, :, :],
+        delta, position = extend(
+            self.extender, dynamics[..., 0, :], self.dt_bias[...], position=position, segment_ids=segment_ids
         )
+        inputs = {
+            "x": zx[..., 1, :, :],
+            "delta": delta,
+            "A": -jnp.maximum(heavy_tail(dynamics[..., 1, :]), self.config.decay_rate_floor),
+            "B": self.B_norm(BC[..., 0, :, :]),
+            "C": self.C_norm(BC[..., 1, :, :]),
+            "lambda_": jax.nn.sigmoid(dynamics[..., 2, :]),
+            "theta": jnp.tanh(self.angle_proj(u).astype(jnp.float32)),
+            "z": zx[..., 0, :, :],
+        }
+        return inputs, position
 
     def _ssd_parameters(self):
         def value(parameter):
             return None if parameter is None else parameter[...]
 
         return {
+            "D": self.D[...],
             "delta_bias": self.dt_bias[...],
             "delta_softplus": True,
             "B_bias": self.B_bias[...],

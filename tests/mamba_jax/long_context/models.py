@@ -10,10 +10,18 @@ from jax.sharding import AxisType
 from mamba_jax import sharding
 from mamba_jax.mixers.mamba1 import Mamba1Config
 from mamba_jax.mixers.mamba2 import Mamba2Config
+from mamba_jax.mixers.mamba3 import Mamba3Config
 from mamba_jax.models.language_model import LanguageModel, LanguageModelConfig
 
 VOCAB_SIZE = 40
 TRAINING_LENGTH = 24
+
+
+LAYERS = {
+    "M": Mamba1Config(state_size=3),
+    "2": Mamba2Config(state_size=3, head_dim=2, groups=2),
+    "3": Mamba3Config(state_size=4, head_dim=2, groups=2),
+}
 
 
 def language_model(seed: int = 0, pattern: str = "M", repeats: int = 2, **layers) -> LanguageModel:
@@ -22,7 +30,7 @@ def language_model(seed: int = 0, pattern: str = "M", repeats: int = 2, **layers
         width=12,
         pattern=pattern,
         repeats=repeats,
-        layers={"M": Mamba1Config(state_size=3), "2": Mamba2Config(state_size=3, head_dim=2, groups=2), **layers},
+        layers={**LAYERS, **layers},
         compute_dtype="float32",
     )
     model = config.build(nnx.Rngs(seed))

@@ -21,7 +21,7 @@ from mamba_jax.long_context.diagnostics import collect
 from tests.mamba_jax.long_context.models import TRAINING_LENGTH, built_on_mesh, language_model, mesh, tokens
 
 
-@pytest.fixture(scope="module", params=["M", "2"], ids=["mamba1", "mamba2"])
+@pytest.fixture(scope="module", params=["M", "2", "3"], ids=["mamba1", "mamba2", "mamba3"])
 def model(request):
     return language_model(pattern=request.param)
 
@@ -44,6 +44,13 @@ def assert_equal(actual: Calibration, expected: Calibration) -> None:
         assert place == other
         for field in dataclasses.fields(a):
             np.testing.assert_array_equal(getattr(a, field.name), getattr(e, field.name))
+
+
+def mean_log_decay(delta, A) -> np.ndarray:
+    """Eq. 14 over each sequence, (channels,); A of a layer, or of each token."""
+    delta, A = np.asarray(delta, np.float64), np.asarray(A, np.float64)
+    rates = A if A.ndim == 4 else A.reshape(len(A), -1)
+    return np.log(np.exp(delta[..., None] * rates).mean(axis=-1)).sum(axis=1).mean(axis=0)
 
 
 def skewed_steps(seed: int, samples: int, channels: int = 3) -> np.ndarray:
@@ -113,10 +120,9 @@ def test_equal_steps_are_kept_or_left_out_together():
 
 def test_decay_and_thresholds_are_those_of_the_collected_steps(model, sequences, calibration):
     for layer, selection in collect(model, sequences).items():
-        delta, A = np.asarray(selection.delta, np.float64), np.asarray(selection.A, np.float64)
-        decay = np.log(np.exp(delta[..., None] * A.reshape(len(A), -1)).mean(axis=-1)).sum(axis=1).mean(axis=0)
+        decay = mean_log_decay(selection.delta, selection.A)
         np.testing.assert_allclose(calibration.places[0].log_decay[layer], decay, rtol=1e-4)
-        samples = jnp.asarray(selection.delta).reshape(-1, delta.shape[-1])
+        samples = jnp.asarray(selection.delta).reshape(-1, selection.delta.shape[-1])
         np.testing.assert_allclose(
             calibration.places[0].thresholds[layer], thresholds(samples, length_ratios()), rtol=1e-5
         )
@@ -127,7 +133,7 @@ def test_decay_and_thresholds_are_those_of_the_collected_steps(model, sequences,
 
 
 def test_the_decay_rates_of_a_channel_are_counted(model, calibration):
-    assert calibration.places[0].decay_rates == {"M": 3, "2": 1}[model.config.pattern]
+    assert calibration.places[0].decay_rates == {"M": 3, "2": 1, "3": 1}[model.config.pattern]
 
 
 def test_beyond_the_longest_ratio_thresholds_are_no_longer_told_apart(calibration):
@@ -157,13 +163,12 @@ def test_clamped_steps_are_at_most_those_of_the_share(model, sequences):
     for layer, selection in collect(model, sequences).items():
         limit = np.quantile(np.asarray(selection.delta, np.float64).reshape(-1, selection.delta.shape[-1]), 0.8, axis=0)
         assert np.all(clamped.places[0].thresholds[layer] <= limit * (1 + 1e-5))
-        delta, A = np.minimum(selection.delta, limit), np.asarray(selection.A, np.float64)
-        decay = np.log(np.exp(delta[..., None] * A.reshape(len(A), -1)).mean(axis=-1)).sum(axis=1).mean(axis=0)
+        decay = mean_log_decay(np.minimum(selection.delta, limit), selection.A)
         np.testing.assert_allclose(clamped.places[0].log_decay[layer], decay, rtol=1e-4)
 
 
 def test_the_clamp_is_what_was_published_unless_given(model, sequences, calibration):
-    published = {"M": 0.0, "2": 0.05}[model.config.pattern]
+    published = {"M": 0.0, "2": 0.05, "3": 0.0}[model.config.pattern]
     default, given = calibrate(model, sequences), calibrate(model, sequences, clamp=published)
     np.testing.assert_array_equal(default.places[0].thresholds, given.places[0].thresholds)
     changed = not np.array_equal(default.places[0].thresholds, calibration.places[0].thresholds)

@@ -29,7 +29,7 @@ def read(model, tokens, state=None, segment_ids=None):
     return model(tokens, state=state, segment_ids=segment_ids)
 
 
-@pytest.fixture(scope="module", params=["M", "2"], ids=["mamba1", "mamba2"])
+@pytest.fixture(scope="module", params=["M", "2", "3"], ids=["mamba1", "mamba2", "mamba3"])
 def model(request):
     return language_model(pattern=request.param)
 
@@ -82,7 +82,7 @@ def test_every_chunking_gives_the_same_logits(model, calibration, config, cuts):
 
 
 def test_layers_of_several_kinds_are_extended_together():
-    model, sequence = language_model(pattern="M2", repeats=1), tokens(1, 1, LENGTH)
+    model, sequence = language_model(pattern="M23", repeats=1), tokens(1, 1, LENGTH)
     extended = apply_longmamba(model, calibrate(model, tokens(0, 4, TRAINING_LENGTH)), LongMambaConfig(THRESHOLD))
     assert frozen_share_by_layer(extended, sequence).min() > 0
     whole, _ = read(extended, sequence)
@@ -154,7 +154,7 @@ def test_only_chosen_channels_leave_out_tokens(model, calibration, channels):
     assert not frozen(model, sequence).any()
 
 
-@pytest.mark.parametrize(("pattern", "threshold"), [("M", 1e-30), ("2", 5e-2)])
+@pytest.mark.parametrize(("pattern", "threshold"), [("M", 1e-30), ("2", 5e-2), ("3", 5e-2)])
 def test_thresholds_are_those_published_for_the_kind_of_layer(pattern, threshold):
     model = language_model(pattern=pattern)
     calibration = calibrate(model, tokens(0, 2, TRAINING_LENGTH))

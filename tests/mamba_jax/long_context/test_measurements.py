@@ -145,6 +145,20 @@ def test_state_norms_are_those_of_the_recurrence(model, calibration, sequence):
     assert not np.allclose(norms.extended[:, -1], norms.original[:, -1], rtol=1e-2)
 
 
+def test_of_layers_whose_steps_see_two_tokens_the_decay_alone_is_measured(sequence):
+    model = language_model(pattern="M3", repeats=2)
+    calibration = calibrate(model, tokens(0, 2, TRAINING_LENGTH))
+    layers = measurements.layers_of(model, calibration)
+    assert diagnostics.layers_with_attention(model) == [0, 2]
+    curves = measurements.decay_curves(model, sequence, layers, 3, np.array([0, 5]))
+    selection = diagnostics.collect(model, sequence)[3]
+    delta, A = np.asarray(selection.delta[0], np.float64), np.asarray(selection.A[0, :, :, 0], np.float64)
+    assert np.std(A, axis=0).min() > 1e-2  # each token has its own
+    expected = np.log10(np.cumprod(np.exp(delta * A), axis=0))[:, [0, 5]]
+    np.testing.assert_allclose(curves.log10_decay, expected.T, rtol=1e-4, atol=1e-5)
+    assert measurements.state_norms(model, calibration, sequence, layers).layer.tolist() == [0, 2]
+
+
 def test_a_layer_that_is_not_there_is_named(model, sequence):
     with pytest.raises(ValueError, match="layer 4 cannot be looked into: choose one from 0 to 3"):
         diagnostics.selection_of_layer(model, sequence, 4)

@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from mamba_jax.mixers.mamba3 import Mamba3, Mamba3Config, heavy_tail
+from mamba_jax.mixers.selective import FROZEN
 from tests.mamba_jax.mixers.contract import MixerContract, apply, relative_error
 
 
@@ -43,8 +44,8 @@ def turned(v, angle):
     return np.concatenate([cos * first - sin * second, sin * first + cos * second], axis=-1)
 
 
-def published_layer(mixer: Mamba3, u):
-    """The published layer for one sequence in float64, one token after the other.
+def published_layer(mixer: Mamba3, u, kept=None):
+    """The published layer for one sequence in float64, one token after the other; tokens not kept have a delta of 0.
 
     Here B and C are turned by the angle so far, as in the authors' code, and the state stands still.
     """
@@ -53,13 +54,13 @@ def published_layer(mixer: Mamba3, u):
     config, heads = mixer.config, mixer.heads
     ones = np.ones((heads, config.rank, 1))
     h, before, angle, outputs = 0.0, 0.0, 0.0, []
-    for token in u:
+    for t, token in enumerate(u):
         z, x = np.einsum("w,wkhp->khp", token, weights["zx_proj"]["weight"])
         B, C = np.moveaxis(np.einsum("w,wgkrn->gkrn", token, weights["BC_proj"]["weight"]), 1, 0)
         delta, A, trapezoid = np.einsum("w,wkh->kh", token, weights["dynamics_proj"]["weight"])
         theta = np.pi * np.tanh(token @ weights["angle_proj"]["weight"])
 
-        delta = np.logaddexp(0, delta + weights["dt_bias"])
+        delta = np.logaddexp(0, delta + weights["dt_bias"]) * (1 if kept is None else kept[t])
         A = -np.maximum(np.where(A >= 0, 1 + A, 1 / (1 - np.minimum(A, 0))), config.decay_rate_floor)
         lambda_ = sigmoid(trapezoid)
         angle = angle + delta[:, None] * theta
@@ -100,6 +101,29 @@ def test_computes_the_published_layer(config):
     u = jnp.asarray(rng.normal(size=(2, 30, 16)), jnp.float32)
     expected = np.stack([published_layer(mixer, row) for row in np.asarray(u, float)])
     assert relative_error(apply(mixer, u)[0], expected) < 1e-5
+
+
+class Keeps(nnx.Module):
+    """An extender that leaves out the same tokens in all sequences."""
+
+    def __init__(self, kept):
+        self.kept = nnx.data(jnp.asarray(kept))
+
+    def __call__(self, delta, bias, position):
+        return jnp.where(self.kept[position - 1], delta, FROZEN)
+
+
+def test_a_token_that_is_left_out_takes_no_step_and_the_next_one_begins_there():
+    mixer = Mamba3Config(state_size=8, head_dim=4).build(16, num_layers=2, compute_dtype=jnp.float32, rngs=nnx.Rngs(1))
+    rng = np.random.default_rng(0)
+    u, kept = jnp.asarray(rng.normal(size=(1, 12, 16)), jnp.float32), rng.random((12, mixer.heads)) < 0.5
+    kept[5:8], kept[8] = False, True
+    mixer.extender = Keeps(kept)
+    assert relative_error(apply(mixer, u)[0][0], published_layer(mixer, np.asarray(u[0], float), kept)) < 1e-5
+    states = [apply(mixer, u[:, :length])[1].ssm for length in (5, 8, 9)]
+    np.testing.assert_allclose(states[0], states[1], rtol=1e-6)
+    without = apply(mixer, u.at[:, 7].set(0)[:, :9])[1].ssm
+    assert relative_error(without, states[2]) > 1e-2
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import pytest
 from mamba_jax.long_context.token_filter import TokenFilter
 from mamba_jax.mixers.mamba1 import Mamba1Config
 from mamba_jax.mixers.mamba2 import Mamba2Config
+from mamba_jax.mixers.mamba3 import Mamba3Config
 from mamba_jax.mixers.selective import FROZEN, SelectiveMixer, document_positions, extend
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.ssd import ssd
@@ -48,6 +49,11 @@ class TestMamba1ThatLeavesOutTokens(LeavesOutTokens):
 
 class TestMamba2ThatLeavesOutTokens(LeavesOutTokens):
     config = Mamba2Config(state_size=4, head_dim=4, groups=2, delta_limit_max=1.0)
+    channels = 8
+
+
+class TestMamba3ThatLeavesOutTokens(LeavesOutTokens):
+    config = Mamba3Config(state_size=4, head_dim=4, groups=2)
     channels = 8
 
 
