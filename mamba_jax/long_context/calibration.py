@@ -81,7 +81,7 @@ class Calibration:
         # Complete or not there: an interrupted write leaves no half file under the name.
         part = Path(f"{os.fspath(path)}.part")
         with part.open("wb") as file:
-            np.savez(file, header=np.array(json.dumps(header)), **arrays)
+            np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
         os.replace(part, path)
 
     @staticmethod

@@ -48,8 +48,8 @@ class TokenFilter(nnx.Module):
         spec = sharding.spec_of(delta)
         # Integers, made here: as an array of the module they would be parameters to whoever takes gradients.
         last_positions = np.array(self.last_positions, np.int32)
-        # A sum, not a search: XLA would merge a search with the comparison below and repeat it for every channel.
-        span = jnp.sum(position[..., None] > last_positions, axis=-1)
+        # Behind a barrier, or XLA would merge the sum with the comparison below and repeat it for every channel.
+        span = jax.lax.optimization_barrier(jnp.sum(position[..., None] > last_positions, axis=-1))
         if not self.last_positions:
             span, spec = jnp.zeros((1, 1), int), (None, None, spec[-1])
 
@@ -57,9 +57,15 @@ class TokenFilter(nnx.Module):
             return table.at[span].get(mode="promise_in_bounds", out_sharding=sharding.out_sharding(*spec))
 
         # The bias is taken from a table of few rows rather than added to each token.
-        is_small = delta <= of_span(self.thresholds - bias)
+        is_small = delta <= of_span(_rounded_down(self.thresholds - bias, delta.dtype))
         kept = delta if self.scales is None else _scaled(delta, bias, of_span(self.scales))
         return jnp.where(is_small, jnp.asarray(FROZEN, delta.dtype), kept)
+
+
+def _rounded_down(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """The largest number of a dtype that is no larger: numbers of that dtype compare with it as they do with ``x``."""
+    nearest = x.astype(dtype)
+    return jnp.where(nearest > x, jnp.nextafter(nearest, jnp.asarray(-jnp.inf, dtype)), nearest)
 
 
 def _scaled(

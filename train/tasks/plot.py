@@ -125,19 +125,9 @@ def plot_curves(
     if percent:
         axes.set_ylim(-4, 104)
     if training_x is not None:
-        axes.axvline(training_x, color="#666666", linestyle="--", linewidth=1)
-        axes.annotate(
-            "trained at",
-            (training_x, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            color="#444444",
-        )
+        trained_at = f"trained at {short(training_x)}"
+        axes.axvline(training_x, color="#666666", linestyle="--", linewidth=1, zorder=0, label=trained_at)
     _label(axes, title, x_label, y_label)
-    axes.title.set_y(1.04)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     _save(figure, png)
 
