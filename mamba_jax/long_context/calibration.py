@@ -27,6 +27,9 @@ STEPS_PER_OCTAVE = 8
 OCTAVES = 12
 """Doublings of the training length that are measured; the last entry of each table holds beyond."""
 
+_ROUNDING = 1e-5
+"""Relative difference up to which step sizes count as equal: that of one token in two matrix products."""
+
 PUBLISHED_CLAMP = 0.05
 """Share that the authors' code cuts off for Mamba-2."""
 
@@ -256,16 +259,18 @@ def count_thresholds(
 def _threshold_below(
     descending: Float[Array, "samples channels"], last_kept: Int[Array, "lengths channels"]
 ) -> tuple[Float[Array, "lengths channels"], Int[Array, "lengths channels"]]:
-    """The largest sample smaller than those at ``last_kept``, 0 where there is none; and how many are above it.
+    """What is just above the largest sample smaller than those at ``last_kept``, 0 where there is none; and how many
+    are above it.
 
     Equal samples are kept or left out together: where delta depends on the token alone, as in a first layer of
-    Mamba-2, there are many.
+    Mamba-2, there are many. Rounding may not tell them apart, here or where the threshold is used.
     """
-    smallest_kept = jnp.take_along_axis(descending, last_kept, axis=0)
+    smallest_kept = jnp.take_along_axis(descending, last_kept, axis=0) * (1 - _ROUNDING)
     count = jax.vmap(lambda column, value: jnp.searchsorted(-column, -value, side="right"), in_axes=1, out_axes=1)(
         descending, smallest_kept
     )
-    return jnp.take_along_axis(jnp.pad(descending, ((0, 1), (0, 0))), count, axis=0), count
+    largest_left_out = jnp.take_along_axis(jnp.pad(descending, ((0, 1), (0, 0))), count, axis=0)
+    return largest_left_out * (1 + _ROUNDING / 2), count
 
 
 def _decay_rates(model: LanguageModel, place: int) -> int:
@@ -291,7 +296,9 @@ def _statistics(selection: Selection, clamp: float | None):
     decay = jnp.mean(jnp.sum(log_decay(delta, A), axis=1), axis=0)
     samples = delta.reshape(-1, channels)
     largest = jnp.max(samples, axis=0)
-    longest_ratio = jnp.sum(samples, axis=0) / jnp.sum(jnp.where(samples == largest, samples, 0), axis=0)
+    longest_ratio = jnp.sum(samples, axis=0) / jnp.sum(
+        jnp.where(samples >= (1 - _ROUNDING) * largest, samples, 0), axis=0
+    )
     ratios = length_ratios()
     return decay, thresholds(samples, ratios), *count_thresholds(samples, ratios), longest_ratio
 

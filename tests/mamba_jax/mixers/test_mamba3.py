@@ -126,6 +126,17 @@ def test_a_token_that_is_left_out_takes_no_step_and_the_next_one_begins_there():
     assert relative_error(without, states[2]) > 1e-2
 
 
+def test_the_selection_has_the_step_sizes_and_decay_rates_of_each_token():
+    mixer = TestMamba3WithEveryOption().build()
+    u = TestMamba3WithEveryOption().input()
+    dynamics = np.einsum("blw,wkh->klbh", np.asarray(u, float), np.asarray(mixer.dynamics_proj.weight[...], float))
+    step, rate = np.moveaxis(dynamics[:2], 2, 1)
+    selection = mixer.selection(u)
+    np.testing.assert_allclose(selection.delta, np.logaddexp(0, step + np.asarray(mixer.dt_bias[...])), rtol=1e-4)
+    decay_rate = np.maximum(np.where(rate >= 0, 1 + rate, 1 / (1 - np.minimum(rate, 0))), 0.5)
+    np.testing.assert_allclose(selection.A[..., 0], -decay_rate, rtol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def mixer() -> Mamba3:
     config = Mamba3Config(head_dim=4, state_size=10, groups=2, rank=4)
