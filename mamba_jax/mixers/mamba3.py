@@ -187,7 +187,7 @@ class Mamba3(nnx.Module):
             return_final_state=True,
             implementation=self.config.implementation,
         )
-        return self._project_out(y), Mamba3State(*ssd_state, position)  # pyright: ignore[reportReturnType]
+        return self._project_out(y), Mamba3State(*ssd_state, position=position)  # pyright: ignore[reportReturnType]
 
     def step(
         self, x: Float[Array, "batch width"], state: Mamba3State
@@ -198,7 +198,7 @@ class Mamba3(nnx.Module):
             **{name: array[:, 0] for name, array in inputs.items()},
             **self._ssd_parameters(),
         )
-        return self._project_out(y), Mamba3State(*ssd_state, position)
+        return self._project_out(y), Mamba3State(*ssd_state, position=position)
 
     def selection(
         self,

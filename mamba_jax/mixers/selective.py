@@ -57,10 +57,10 @@ class Selection:
     A: Leaf
     """Decay rates: (channels, state), or (channels,) where one rate is that of the whole state; (batch, length,
     channels, 1) where that rate is each token's own."""
-    B: Leaf | None = None
+    B: Leaf = None
     """Input matrix, (batch, length, state) or (batch, length, groups, state); None where a step sees other tokens than
     its own (Mamba-3), so that no hidden attention is made of these arrays."""
-    C: Leaf | None = None
+    C: Leaf = None
     """Output matrix, of the same shape as ``B``."""
 
 
