@@ -13,7 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax._src import config
 from jax.experimental.mosaic.gpu import fragmented_array
 
-__all__ = ["LANES", "WARPS", "WGMMA", "interpreted", "plgpu", "register_tile", "store", "synchronize"]
+__all__ = ["LANES", "WARPS", "WGMMA", "forget_mesh_axes", "interpreted", "plgpu", "register_tile", "store", "synchronize"]
 
 WARPS = 4
 """Warps of a warpgroup, which is what Pallas calls a thread on this backend."""
@@ -61,6 +61,15 @@ def synchronize() -> None:
     where such a copy follows. Waiting for copies out, of which there are none in flight, leaves the bare barrier.
     """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def forget_mesh_axes(array: jax.Array) -> jax.Array:
+    """Removes from an array's type the manual mesh axes that it varies over; the array itself stays as it is.
+
+    Inside ``jax.shard_map`` references to an array that varies are marked so too, and ``plgpu.warp_map`` refuses them.
+    """
+    with config._check_vma(False):
+        return jax.lax.reshape(jax.lax.reshape(array, (1, *array.shape)), array.shape)
 
 
 def interpreted() -> bool:
