@@ -9,7 +9,7 @@ from typing import Any
 import jax.experimental.pallas as pl
 from jax import lax
 
-from pallas_kernels.mosaic_gpu_compat import plgpu
+from pallas_kernels.mosaic_gpu_compat import WARPS, plgpu
 from pallas_kernels.mosaic_gpu_launch import Refs
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import SHARED, Block, Problem
 
@@ -121,10 +121,19 @@ class Stream:
 
     def _load(self, i: Any) -> None:
         slot, rows = self._slot(i), self.problem.rows(self.index(i))
-        for name in self.names:
-            if name not in SHARED:
+        names = [name for name in self.names if name not in SHARED]
+
+        def load(warp: Any) -> None:
+            for number, name in enumerate(names):
                 source = self.gmem[name].at[self.block.batch, rows, self.block.channels]
-                plgpu.copy_gmem_to_smem(source, self.smem[name].at[slot], self._loaded(slot))
+                destination = self.smem[name].at[slot]
+
+                @pl.when(warp == number % WARPS)
+                def _() -> None:
+                    plgpu.copy_gmem_to_smem(source, destination, self._loaded(slot))
+
+        # Each warp starts one: a copy is some twenty instructions, and the other warps would execute them in vain.
+        plgpu.warp_map(load)
 
     def _load_shared(self, i: Any) -> None:
         slot, index = self._shared_slot(i), self.index(i)
