@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.causal_conv1d.mosaic_gpu.geometry import Geometry
-from pallas_kernels.mosaic_gpu_compat import WARPS, plgpu, store
+from pallas_kernels.mosaic_gpu_compat import WARPS, load_float32, plgpu, store
 from pallas_kernels.mosaic_gpu_launch import Refs
 
 Rows = tuple[jax.Array, ...]
@@ -230,7 +230,7 @@ def sum_over_warps(g: Geometry, buffer: Any, row: jax.Array) -> jax.Array:
 
 def load_row(g: Geometry, ref: Any) -> jax.Array:
     """Loads a row as float32."""
-    return plgpu.load(ref, layout=g.row_layout, optimized=False).astype(jnp.float32)
+    return load_float32(ref, g.row_layout)
 
 
 def load_reach(p: Problem, refs: Refs, step: tuple[Any, ...]) -> jax.Array | None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.elementwise import LN_2, sigmoid, softplus_gradient
-from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
+from pallas_kernels.mosaic_gpu_compat import load_float32, plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, State
@@ -251,8 +251,7 @@ def _sum_over_channels(p: Problem, smem: Refs, start: int) -> None:
     """Puts dB and dC of a piece of the chunk, summed over the warpgroup's channels, into "dBC"."""
     g = p.geometry
     for slot in range(2):
-        terms = plgpu.load(_terms(smem, slice(None), slot), layout=g.channel_sum_layout, optimized=False)
-        total = jnp.sum(terms.astype(jnp.float32), axis=2)
+        total = jnp.sum(load_float32(_terms(smem, slice(None), slot), g.channel_sum_layout), axis=2)
         rows, lanes = pl.ds(start, g.summed_steps), pl.ds(slot * g.state_lanes, g.state_lanes)
         store(smem["dBC"].at[rows, lanes], total)
 

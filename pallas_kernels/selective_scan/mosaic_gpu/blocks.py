@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.elementwise import softplus
-from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.mosaic_gpu_compat import load_float32, plgpu, store
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.selective_scan.mosaic_gpu.geometry import KEEP_LANES, Geometry, Layout
 
@@ -207,8 +207,7 @@ def per_channel(g: Geometry, ref: Any, channels: slice) -> jax.Array:
 def load_token(g: Geometry, ref: Any, channels: slice, *, column: int = 0) -> jax.Array:
     """Loads a token tile as float32; with a column, from what ``Problem.token_columns`` reserved."""
     first = column * g.channels + channels.start
-    tile = plgpu.load(ref.at[:, first : first + g.token_channels], layout=g.token_layout, optimized=False)
-    return tile.astype(jnp.float32)
+    return load_float32(ref.at[:, first : first + g.token_channels], g.token_layout)
 
 
 def store_tokens(g: Geometry, ref: Any, tokens: Sequence[jax.Array], *, column: int = 0) -> None:
