@@ -60,7 +60,7 @@ def _variants(shape: Shape, every: bool) -> Iterator[Geometry]:
     if not every:
         return
     for vector, stretch, steps, stages in itertools.product((4, 8), (128, 64, 256), (8, 4, 16), (4, 3)):
-        yield Geometry(vector, steps, stages, stretch // steps, unroll=4)
+        yield Geometry(vector, steps, stages, stretch // steps, unroll=min(steps, 8))
 
 
 def _tune(
