@@ -16,7 +16,7 @@ from pallas_kernels.mosaic_gpu_compat import load_float32, plgpu, store, synchro
 from pallas_kernels.mosaic_gpu_launch import Refs
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, State
-from pallas_kernels.selective_scan.mosaic_gpu.stream import Stream
+from pallas_kernels.selective_scan.mosaic_gpu.stream import Stream, share_out
 
 Tokens = tuple[jax.Array, ...]
 
@@ -45,8 +45,9 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             several parts also what ``parts.summarize`` returned for ``reverse``.
 
     Returns:
-        "dx", "ddelta", "dz", "dBC" and "dinitial_state" like their inputs. Sums to be finished outside: "dA",
-        (batch, parts, *A's shape), "dD" and "ddelta_bias", (batch, parts, channels), over batch and parts.
+        "dx", "ddelta", "dz", "dBC" and "dinitial_state" like their inputs. Sums over batch and parts to be finished
+        outside: "dA", (batch, parts, state_lanes, channels, states_per_lane), "dD" and "ddelta_bias", (batch, parts,
+        channels).
     """
     g = p.geometry
     optional = [name for name in ("z", "keep") if name in inputs]
@@ -77,7 +78,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
     def backward(gmem: Refs, smem: Refs) -> None:
         block = p.block()
-        A = blocks.load_state(g, gmem["A"].at[:, block.channels])
+        A = blocks.load_A(g, gmem, block)
         p.load_parameters(gmem, smem, block)
         num_saved = inputs["states"].shape[1]
 
@@ -97,11 +98,12 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             dD, ddelta_bias = _finish(p, smem, refs, index, carry)
             plgpu.commit_smem()
             rows = p.rows(index)
+            partial = lax.rem(block.index, p.pieces_per_group) * p.batch + block.batch
+            copies = [(smem["dBC"], gmem["dBC"].at[partial, rows, block.group])]
             for name, output in (("x", "dx"), ("delta", "ddelta"), ("z", "dz")):
                 if name in refs:
-                    plgpu.copy_smem_to_gmem(refs[name], gmem[output].at[block.batch, rows, block.channels])
-            partial = lax.rem(block.index, p.pieces_per_group) * p.batch + block.batch
-            plgpu.copy_smem_to_gmem(smem["dBC"], gmem["dBC"].at[partial, rows, block.group])
+                    copies.append((refs[name], gmem[output].at[block.batch, rows, block.channels]))
+            share_out([functools.partial(plgpu.copy_smem_to_gmem, *copy) for copy in copies])
             return Carry(dh, dA, dD, ddelta_bias)
 
         zeros = tuple(blocks.fold_steps(g, blocks.zero_tokens(g)) for _ in g.token_tiles())

@@ -12,7 +12,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.elementwise import softplus
+from pallas_kernels.elementwise import LOG2_E, softplus
 from pallas_kernels.mosaic_gpu_compat import load_float32, plgpu, store
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.selective_scan.mosaic_gpu.geometry import KEEP_LANES, Geometry, Layout
@@ -45,10 +45,10 @@ class Problem:
     """Shapes and options of one scan.
 
     The kernels' inputs are named as in ``Inputs``, in these shapes (channels and state padded to the geometry):
-    "x", "delta", "z", (batch, length, channels); "A", the state matrix times log2(e), (state_lanes, channels,
-    states_per_lane); "BC", B and then C, float32, (batch, length, groups, 2 · state_lanes, states_per_lane); "D" and
-    "delta_bias", float32, (channels,); "initial_state", (batch, *A's shape). "keep", (batch, chunks, KEEP_LANES)
-    float32, is 0 at the first token of a segment, else 1.
+    "x", "delta", "z", (batch, length, channels); "A", (channels, state_lanes, states_per_lane); "BC", B and then C,
+    float32, (batch, length, groups, 2 · state_lanes, states_per_lane); "D" and "delta_bias", float32, (channels,);
+    "initial_state", (batch, state_lanes, channels, states_per_lane). "keep", (batch, chunks, KEEP_LANES) float32, is 0
+    at the first token of a segment, else 1.
     """
 
     geometry: Geometry
@@ -303,6 +303,12 @@ def load_state(g: Geometry, ref: Any) -> State:
         return tile * 1.0
 
     return tuple(load(channels) for channels in g.register_tiles())
+
+
+def load_A(g: Geometry, gmem: Refs, block: Block) -> State:
+    """Loads the state matrix of the block's channels, times log2(e): its decays are powers of two."""
+    channels_first = gmem["A"].at[block.channels]
+    return tuple(tile * LOG2_E for tile in load_state(g, channels_first.transpose((1, 0, 2))))
 
 
 def store_state(g: Geometry, ref: Any, state: State) -> None:

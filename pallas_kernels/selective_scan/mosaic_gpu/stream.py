@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,19 +122,18 @@ class Stream:
 
     def _load(self, i: Any) -> None:
         slot, rows = self._slot(i), self.problem.rows(self.index(i))
-        names = [name for name in self.names if name not in SHARED]
-
-        def load(warp: Any) -> None:
-            for number, name in enumerate(names):
-                source = self.gmem[name].at[self.block.batch, rows, self.block.channels]
-                destination = self.smem[name].at[slot]
-
-                @pl.when(warp == number % WARPS)
-                def _() -> None:
-                    plgpu.copy_gmem_to_smem(source, destination, self._loaded(slot))
-
-        # Each warp starts one: a copy is some twenty instructions, and the other warps would execute them in vain.
-        plgpu.warp_map(load)
+        share_out(
+            [
+                functools.partial(
+                    plgpu.copy_gmem_to_smem,
+                    self.gmem[name].at[self.block.batch, rows, self.block.channels],
+                    self.smem[name].at[slot],
+                    self._loaded(slot),
+                )
+                for name in self.names
+                if name not in SHARED
+            ]
+        )
 
     def _load_shared(self, i: Any) -> None:
         slot, index = self._shared_slot(i), self.index(i)
@@ -145,3 +145,13 @@ class Stream:
             if name in SHARED:
                 source = sources[name](self.gmem[name])
                 plgpu.copy_gmem_to_smem(source, self.smem[name].at[slot], self.smem["shared_loaded"].at[slot])
+
+
+def share_out(copies: Sequence[Callable[[], None]]) -> None:
+    """Starts copies, each in another warp: one is some twenty instructions, which all warps would execute otherwise."""
+
+    def start(warp: Any) -> None:
+        for number, copy in enumerate(copies):
+            pl.when(warp == number % WARPS)(copy)
+
+    plgpu.warp_map(start)
