@@ -135,7 +135,8 @@ def interpreted() -> Iterator[None]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks, and more chunks than stages, in a short sequence with few channels."""
     small = Geometry(vector=2, steps=4, stages=3, chunks=5, unroll=2)
-    monkeypatch.setattr(geometry, "choose", lambda *_: small)
+    for direction in ("forward", "backward"):
+        monkeypatch.setattr(geometry, direction, lambda *_: small)
 
 
 class TestInterpreted:

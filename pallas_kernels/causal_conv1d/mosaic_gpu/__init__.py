@@ -92,7 +92,7 @@ def _forward(silu: bool) -> Callable[[Arrays], Arrays]:
     """The forward pass on arrays by their names in ``Inputs``."""
 
     def run(arrays: Arrays) -> Arrays:
-        p, padded = _prepare(arrays, silu, geometry.choose)
+        p, padded = _prepare(arrays, silu, geometry.forward)
         return {"y": _trim(kernels.forward(p, padded), arrays["x"])}
 
     return batch_by_folding(run, parameters=_PARAMETERS)
@@ -103,7 +103,7 @@ def _backward(silu: bool) -> Callable[[Arrays], Arrays]:
     """The backward pass; of the parameters' gradients it returns the terms, see ``kernels.backward``."""
 
     def run(arrays: Arrays) -> Arrays:
-        p, padded = _prepare(arrays, silu, geometry.choose)
+        p, padded = _prepare(arrays, silu, geometry.backward)
         return {name: _trim(array, arrays["x"]) for name, array in kernels.backward(p, padded).items()}
 
     return batch_by_folding(run, parameters=_PARAMETERS)

@@ -52,12 +52,14 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     g = p.geometry
     optional = [name for name in ("z", "keep") if name in inputs]
     streamed = ["x", "delta", "BC", "dy", *optional]
+    # Partial sums that XLA adds up; with bfloat16 data they are rounded like the sums, which halves what it must read.
+    sums_dtype = jnp.bfloat16 if inputs["x"].dtype == jnp.bfloat16 else jnp.float32
     matrix_dims = (p.pieces_per_group * p.batch, p.stored_length, *inputs["BC"].shape[2:])
     sums_type = jax.ShapeDtypeStruct((p.batch, p.num_parts, p.channels), jnp.float32)
     outputs = {
         "dx": p.token_type(inputs["x"]),
         "ddelta": p.token_type(inputs["delta"]),
-        "dBC": jax.ShapeDtypeStruct(matrix_dims, jnp.float32),
+        "dBC": jax.ShapeDtypeStruct(matrix_dims, sums_dtype),
         "dA": p.state_type(p.num_parts),
         "dinitial_state": p.state_type(),
     }
@@ -70,7 +72,6 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         "tokens": p.token_columns(4 if "z" in inputs else 3),
         # The state before every piece; those within it are computed again on the way back.
         "history": p.scratch((g.steps // g.piece_steps, g.tiles, lanes, channels, states), jnp.float32),
-        "dBC": p.scratch((g.steps, 2 * lanes, states), jnp.float32),
         # Terms of dB and dC, one a channel of a register tile. With 16-bit data they are rounded like the sums they
         # make, which halves the traffic of shared memory, the bottleneck of this kernel.
         "terms": p.scratch((g.summed_steps, 2, channels, lanes, states), terms_dtype),
@@ -90,16 +91,17 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             synchronize()
             dh, dA = carry.dh, carry.dA
             _save_states(p, smem, refs, A, h_start)
+            partial = lax.rem(block.index, p.pieces_per_group) * p.batch + block.batch
             for start in reversed(range(0, g.steps, g.summed_steps)):
                 dh, dA = _walk_back(p, smem, refs, A, dh, dA, start)
                 synchronize()
-                _sum_over_channels(p, smem, start)
+                summed = pl.ds(index * g.steps + start, g.summed_steps)
+                _sum_over_channels(p, smem, gmem["dBC"].at[partial, summed, block.group])
                 synchronize()
             dD, ddelta_bias = _finish(p, smem, refs, index, carry)
             plgpu.commit_smem()
             rows = p.rows(index)
-            partial = lax.rem(block.index, p.pieces_per_group) * p.batch + block.batch
-            copies = [(smem["dBC"], gmem["dBC"].at[partial, rows, block.group])]
+            copies = []
             for name, output in (("x", "dx"), ("delta", "ddelta"), ("z", "dz")):
                 if name in refs:
                     copies.append((refs[name], gmem[output].at[block.batch, rows, block.channels]))
@@ -123,7 +125,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
     results = p.launch(backward, inputs, outputs, scratch)
     dBC = results["dBC"].reshape(p.pieces_per_group, p.batch, *results["dBC"].shape[1:])
-    results["dBC"] = jnp.sum(dBC[:, :, : p.length], axis=0)
+    results["dBC"] = jnp.sum(dBC[:, :, : p.length], axis=0, dtype=jnp.float32)
     for name in ("dx", "ddelta", "dz"):
         if name in results:
             results[name] = p.trim(results[name])
@@ -249,13 +251,12 @@ def _terms(smem: Refs, steps: Any, slot: int) -> Any:
     return ref.transpose(dims)
 
 
-def _sum_over_channels(p: Problem, smem: Refs, start: int) -> None:
-    """Puts dB and dC of a piece of the chunk, summed over the warpgroup's channels, into "dBC"."""
+def _sum_over_channels(p: Problem, smem: Refs, target: Any) -> None:
+    """Stores dB and dC of ``summed_steps`` steps, summed over the warpgroup's channels."""
     g = p.geometry
     for slot in range(2):
         total = jnp.sum(load_float32(_terms(smem, slice(None), slot), g.channel_sum_layout), axis=2)
-        rows, lanes = pl.ds(start, g.summed_steps), pl.ds(slot * g.state_lanes, g.state_lanes)
-        store(smem["dBC"].at[rows, lanes], total)
+        store(target.at[:, pl.ds(slot * g.state_lanes, g.state_lanes)], total.astype(target.dtype))
 
 
 def _finish(p: Problem, smem: Refs, refs: Refs, index: Any, carry: Carry) -> tuple[Tokens, Tokens]:
