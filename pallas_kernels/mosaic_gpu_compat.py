@@ -14,10 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import config
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, vector
+from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 
-__all__ = ["LANES", "WARPS", "WGMMA", "forget_mesh_axes", "interpreted", "load_float32", "plgpu", "register_tile", "store", "synchronize"]
+__all__ = [
+    "LANES",
+    "WARPS",
+    "WGMMA",
+    "arith",
+    "forget_mesh_axes",
+    "interpreted",
+    "ir",
+    "llvm",
+    "load_float32",
+    "plgpu",
+    "register_tile",
+    "store",
+    "synchronize",
+    "utils",
+    "vector",
+]
 
 WARPS = 4
 """Warps of a warpgroup, which is what Pallas calls a thread on this backend."""

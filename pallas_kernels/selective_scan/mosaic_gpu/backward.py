@@ -16,6 +16,7 @@ from pallas_kernels.mosaic_gpu_compat import load_float32, plgpu, store, synchro
 from pallas_kernels.mosaic_gpu_launch import Refs
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, State
+from pallas_kernels.selective_scan.mosaic_gpu.lane_sums import store_sums
 from pallas_kernels.selective_scan.mosaic_gpu.stream import Stream, share_out
 
 Tokens = tuple[jax.Array, ...]
@@ -209,12 +210,12 @@ def _walk_back(p: Problem, smem: Refs, refs: Refs, A: State, dh: State, dA: Stat
             dlog_decay = passed * before[tile]
             new_dA.append(dA[tile] + o.step_size[tile] * dlog_decay)
             new_dh.append(passed)
-            B_dh.append(_sum_over_states(d * o.B))
-            A_da.append(_sum_over_states(dlog_decay * A[tile]))
+            B_dh.append(jnp.sum(d * o.B, axis=2))
+            A_da.append(jnp.sum(dlog_decay * A[tile], axis=2))
             if "z" in refs:
-                C_h.append(_sum_over_states(h[tile] * o.C))
-        sums = jnp.concatenate(B_dh + A_da + C_h)
-        store(smem["tokens"].at[t, g.channels : g.channels + sums.size], sums)
+                C_h.append(jnp.sum(h[tile] * o.C, axis=2))
+        parts = B_dh + A_da + C_h
+        store_sums(g, smem["tokens"].at[t, g.channels : g.channels + len(parts) * g.tile_channels], parts)
         for slot, terms in enumerate((dB_terms, dC_terms)):
             term = functools.reduce(jnp.add, terms)
             store(_terms(smem, t - start, slot), term.astype(smem["terms"].dtype))
@@ -234,11 +235,6 @@ def _walk_back(p: Problem, smem: Refs, refs: Refs, A: State, dh: State, dA: Stat
         return dh, dA
 
     return lax.fori_loop(0, pieces, piece, (dh, dA))
-
-
-def _sum_over_states(tile: jax.Array) -> jax.Array:
-    """Sums a register tile over the states of each channel."""
-    return jnp.sum(jnp.sum(tile, axis=2), axis=0)
 
 
 def _terms(smem: Refs, steps: Any, slot: int) -> Any:
