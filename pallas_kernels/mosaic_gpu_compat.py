@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import config
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "ir",
     "llvm",
     "load_float32",
+    "nvvm",
     "plgpu",
     "register_tile",
     "store",
