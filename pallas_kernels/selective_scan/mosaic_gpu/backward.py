@@ -112,7 +112,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         zeros = tuple(blocks.fold_steps(g, blocks.zero_tokens(g)) for _ in g.token_tiles())
         dh = blocks.load_state(g, gmem["dfinal_state"].at[block.batch, :, block.channels])
         later = p.num_parts - 1
-        dh = blocks.carry_over_parts(p, gmem, block, A, dh, 0, later - block.part, lambda i: later - i)
+        dh = blocks.carry_over_parts(p, gmem, block, A, dh, later - block.part, lambda i: later - i)
         carry = Carry(dh, blocks.zero_state(g), zeros, zeros)
         carry = Stream(p, gmem, smem, streamed, block, reverse=True).walk(chunk, carry)
         blocks.store_state(g, gmem["dA"].at[block.batch, block.part, :, block.channels], carry.dA)

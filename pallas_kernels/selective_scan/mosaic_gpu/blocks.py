@@ -26,6 +26,9 @@ SHARED = ("BC", "keep")
 _COMMON = (*SHARED, "loaded", "shared_loaded", "shared_read")
 """Scratch memory that a block has once, where a warpgroup has a piece of its own of everything else."""
 
+_PARTS_AT_ONCE = 4
+"""Parts whose effect on a state is loaded together."""
+
 
 class Block(NamedTuple):
     """Which piece of the problem this warpgroup works on."""
@@ -364,23 +367,33 @@ def initial_state(p: Problem, gmem: Refs, block: Block, A: State) -> State:
     h = zero_state(g)
     if "initial_state" in gmem:
         h = load_state(g, gmem["initial_state"].at[block.batch, :, block.channels])
-    return carry_over_parts(p, gmem, block, A, h, 0, block.part, lambda i: i)
+    return carry_over_parts(p, gmem, block, A, h, block.part, lambda i: i)
 
 
 def carry_over_parts(
-    p: Problem, gmem: Refs, block: Block, A: State, h: State, start: Any, stop: Any, order: Callable[[Any], Any]
+    p: Problem, gmem: Refs, block: Block, A: State, h: State, count: Any, order: Callable[[Any], Any]
 ) -> State:
-    """Carries a state over whole parts, by what ``parts.summarize`` found about them."""
+    """Carries a state over so many whole parts, by what ``parts.summarize`` found about them."""
     if p.num_parts == 1:
         return h
     g = p.geometry
 
-    def carry(i: Any, h: State) -> State:
-        part = order(i)
+    def load(i: Any) -> tuple[State, State, Any]:
+        # In place of a part too many the last one is loaded, for a decay of one and a gain of zero.
+        counts = jnp.where(i < count, 1.0, 0.0)
+        part = order(jnp.minimum(i, count - 1))
         gained = load_state(g, gmem["part_state"].at[block.batch, part, :, block.channels])
         steps = gmem["part_steps"].at[block.batch, part, block.channels]
-        (step_size,) = spread_columns(g, plgpu.load(steps, layout=g.channel_layout, optimized=False))
-        keep = gmem["part_keep"][block.batch, part] if "part_keep" in gmem else None
-        return tuple(decay(step_size[i], A[i], keep) * h[i] + gained[i] for i in range(g.tiles))
+        (step_size,) = spread_columns(g, plgpu.load(steps, layout=g.channel_layout, optimized=False) * counts)
+        keep = None
+        if "part_keep" in gmem:
+            keep = gmem["part_keep"][block.batch, part] * counts + (1.0 - counts)
+        return step_size, tuple(tile * counts for tile in gained), keep
 
-    return lax.fori_loop(start, stop, carry, h)
+    def carry(group: Any, h: State) -> State:
+        # Several at once: the last part's block waits for them all, and one load takes as long as four.
+        for step_size, gained, keep in [load(_PARTS_AT_ONCE * group + i) for i in range(_PARTS_AT_ONCE)]:
+            h = tuple(decay(step_size[i], A[i], keep) * h[i] + gained[i] for i in range(g.tiles))
+        return h
+
+    return lax.fori_loop(0, (count + _PARTS_AT_ONCE - 1) // _PARTS_AT_ONCE, carry, h)

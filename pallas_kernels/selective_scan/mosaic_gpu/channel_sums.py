@@ -36,7 +36,7 @@ def store_sums(g: Geometry, terms: Any, target: Any) -> None:
     plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(functools.partial(_store_sums, g))(terms, target)
 
 
-def _store_sums(g: Geometry, _: Any, terms: ir.Value, target: ir.Value) -> None:
+def _store_sums(g: Geometry, _: Any, terms: Any, target: Any) -> None:
     word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
     constant = lambda value: utils.c(value, word)  # noqa: E731
     # Asked for anew each time: registers that kept what follows from it would be too many for three blocks.
@@ -80,7 +80,7 @@ def _store_sums(g: Geometry, _: Any, terms: ir.Value, target: ir.Value) -> None:
                 llvm.store(total if dtype == number else arith.truncf(dtype, total), to)
 
 
-def _load_matrix(pointer: ir.Value) -> list[ir.Value]:
+def _load_matrix(pointer: Any) -> list[Any]:
     """Loads and transposes a matrix: four of 8 × 8, of which each lane names a row."""
     word = ir.IntegerType.get_signless(32)
     shape = ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m = 8, n = 8>")
@@ -89,7 +89,7 @@ def _load_matrix(pointer: ir.Value) -> list[ir.Value]:
     return [llvm.extractvalue(word, result, [i]) for i in range(4)]
 
 
-def _multiply_add(matrix: list[ir.Value], ones: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+def _multiply_add(matrix: list[Any], ones: Any, sums: list[Any]) -> list[Any]:
     """Adds a matrix's sum over its columns to a column of the sums."""
     number = ir.F32Type.get()
     result = llvm.inline_asm(

@@ -33,7 +33,7 @@ def store_sums(g: Geometry, ref: Any, parts: Sequence[jax.Array]) -> None:
     plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *layouts))(functools.partial(_store_sums, g))(ref, *parts)
 
 
-def _store_sums(g: Geometry, _: Any, ref: ir.Value, *parts: Any) -> None:
+def _store_sums(g: Geometry, _: Any, ref: Any, *parts: Any) -> None:
     word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
     thread = utils.thread_idx()
     lane = arith.andi(thread, utils.c(LANES - 1, word))
@@ -62,7 +62,7 @@ def _store_sums(g: Geometry, _: Any, ref: ir.Value, *parts: Any) -> None:
         llvm.store(total, utils.getelementptr(row, [arith.addi(place, channel)], number))
 
 
-def _only_number(part: Any) -> ir.Value:
+def _only_number(part: Any) -> Any:
     """The one number that a lane holds of an array."""
     (register,) = part.registers.flat
     if isinstance(register.type, ir.VectorType):
