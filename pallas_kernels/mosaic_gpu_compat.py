@@ -13,9 +13,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax._src import config
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
 from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 __all__ = [
     "LANES",
@@ -80,7 +80,7 @@ def load_float32(ref: Any, layout: Any) -> jax.Array:
     array = plgpu.load(ref, layout=layout, optimized=False)
     if array.dtype != jnp.bfloat16 or interpreted():
         return array.astype(jnp.float32)
-    return_type = plgpu.ShapeDtypeStruct(array.shape, jnp.float32, layout=layout)
+    return_type = plgpu.ShapeDtypeStruct(array.shape, jnp.dtype("float32"), layout=layout)
     return plgpu.inline_mgpu(arg_types=(layout,), return_type=return_type)(_bfloat16_to_float32)(array)
 
 

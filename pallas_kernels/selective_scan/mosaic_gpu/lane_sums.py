@@ -2,7 +2,7 @@
 
 A sum by shuffles leaves the same number in every lane, after two instructions a lane doubled. Where several sums are
 wanted, lanes can share them out instead: of two, each lane keeps one and hands its partner's part of the other over, so
-one shuffle does for both. With four lanes a channel, six sums take 5 shuffles in place of 12, and 18 instructions of 24.
+one shuffle does for both. With four lanes a channel, six sums take 5 shuffles in place of 12, 18 instructions of 24.
 """
 
 from __future__ import annotations
