@@ -15,7 +15,7 @@ import numpy as np
 from jax._src import config
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 __all__ = [
     "LANES",
@@ -27,7 +27,6 @@ __all__ = [
     "ir",
     "llvm",
     "load_float32",
-    "nvvm",
     "plgpu",
     "register_tile",
     "store",

@@ -14,7 +14,7 @@ from jax import lax
 from pallas_kernels.elementwise import LN_2, sigmoid, softplus_gradient
 from pallas_kernels.mosaic_gpu_compat import load_float32, plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs
-from pallas_kernels.selective_scan.mosaic_gpu import blocks, channel_sums
+from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, State
 from pallas_kernels.selective_scan.mosaic_gpu.lane_sums import store_sums
 from pallas_kernels.selective_scan.mosaic_gpu.stream import Stream, share_out
@@ -250,9 +250,6 @@ def _terms(smem: Refs, steps: Any, slot: int) -> Any:
 def _sum_over_channels(p: Problem, smem: Refs, target: Any) -> None:
     """Stores dB and dC of ``summed_steps`` steps, summed over the warpgroup's channels."""
     g = p.geometry
-    if channel_sums.supported(g, smem["terms"].dtype):
-        channel_sums.store_sums(g, smem["terms"], target)
-        return
     for slot in range(2):
         total = jnp.sum(load_float32(_terms(smem, slice(None), slot), g.channel_sum_layout), axis=2)
         store(target.at[:, pl.ds(slot * g.state_lanes, g.state_lanes)], total.astype(target.dtype))
