@@ -299,13 +299,9 @@ def spread(array: jax.Array, shape: tuple[int, ...], dims: tuple[int, ...], layo
 def load_state(g: Geometry, ref: Any) -> State:
     """Loads the states of the block's channels, (state_lanes, channels, states_per_lane)."""
 
-    def load(channels: slice) -> jax.Array:
-        tile = plgpu.load(ref.at[:, channels], layout=g.state_layout, optimized=False)
-        # The compiler drops the product. It is there for the type: inside jax.shard_map an array from outside is marked
-        # with the mesh axes it varies over, results of operations in a kernel are not, and a loop needs them alike.
-        return tile * 1.0
-
-    return tuple(load(channels) for channels in g.register_tiles())
+    return tuple(
+        plgpu.load(ref.at[:, channels], layout=g.state_layout, optimized=False) for channels in g.register_tiles()
+    )
 
 
 def load_A(g: Geometry, gmem: Refs, block: Block) -> State:
