@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from pathlib import Path
 
 from benchmarks import OPERATOR_NAMES, SUITES
@@ -27,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--samples", type=int, default=9, metavar="N", help="timings to take the median of (default: 9)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="start no measurement after so many seconds; what was measured until then is written as ever",
     )
     parser.add_argument(
         "--output",
@@ -72,12 +80,20 @@ def _benchmark(names: list[str], options: argparse.Namespace, *, on_gpu: bool) -
     print(f"{limits.device}: copies at {limits.bytes / 1e9:.0f} GB/s, read and written\n\n{report.HEADER}", flush=True)
     measurements: list[Measurement] = []
     failures = []
-    for case in cases(QUICK if options.quick else FULL, names, options.suites, on_gpu=on_gpu):
+    path = options.output / "benchmark.json"
+    deadline = math.inf if options.seconds is None else time.monotonic() + options.seconds
+    planned = list(cases(QUICK if options.quick else FULL, names, options.suites, on_gpu=on_gpu))
+    for number, case in enumerate(planned):
+        if time.monotonic() > deadline:
+            failures.append(f"out of time: {len(planned) - number} of {len(planned)} cases were not measured")
+            print(failures[-1], flush=True)
+            break
         try:
             results = [measure(case, limits, samples=options.samples)]
             if on_gpu and case.implementation == case.operator.implementations[0]:
                 results += measure_peer(case, limits, samples=options.samples)
-        except RuntimeError as error:  # JAX's own, of which lacking memory is one, and UnsupportedError.
+        # JAX's own, of which lacking memory is one, UnsupportedError, and what cuDNN's checks of its arguments raise.
+        except (RuntimeError, ValueError) as error:
             shape = ", ".join(f"{dim} {size}" for dim, size in case.shape.items())
             reason = str(error).splitlines()[0]
             failures.append(f"{case.operator.name} {case.direction} by {case.implementation}, {shape}: {reason}")
@@ -86,12 +102,13 @@ def _benchmark(names: list[str], options: argparse.Namespace, *, on_gpu: bool) -
         for measurement in results:
             print(report.row(measurement), flush=True)
         measurements += results
+        # After every case: a run that is cut off leaves what it has measured.
+        report.write_json(path, measurements, limits, failures)
     print()
     for name, lengths in report.crossovers(measurements).items():
         for direction, length in lengths.items():
             verdict = "not at any of these lengths" if length is None else f"from {length:,.0f} tokens on"
             print(f"{name} is faster {direction} than attention {verdict}")
-    path = options.output / "benchmark.json"
     report.write_json(path, measurements, limits, failures)
     for written in (path, *report.draw(options.output, measurements, limits.device)):
         print(f"wrote {written}")

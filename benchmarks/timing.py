@@ -1,7 +1,7 @@
 """How long the device takes for a call.
 
-A host clock around one call also measures Python, the dispatch, and the wait for the result. So a program of several
-calls, each on inputs of its own, is put into the device's queue several times, and then twice as often: the difference
+A host clock around one call also measures Python, the dispatch, and the wait for the result. So programs of several
+calls, each on inputs of its own, are put into the device's queue several times, and then twice as often: the difference
 of the times, over the calls, is the device's time for one, for as long as the device is slower than the host. It counts
 the gaps between kernels, as a user does, and is the same on every backend.
 
@@ -24,6 +24,8 @@ import jax
 
 _TARGET_SECONDS = 0.02
 """Time that a sample should take longer for its longer queue."""
+MAX_CALLS = 16
+"""Of one program: with hundreds, compiling would take longer than measuring."""
 _MAX_QUEUED_BYTES = 16e9
 """Outputs of queued programs all have their memory at the same time."""
 
@@ -48,22 +50,26 @@ def time_calls(function: Callable[..., Any], input_sets: Sequence[tuple[Any, ...
     Args:
         function: takes arrays and Nones, returns a tree of arrays.
         input_sets: arguments for one call each. Together they should be several times as large as the device's cache:
-            one set after the other, each has left the cache when its turn comes again.
+            one set after the other, each has left the cache when its turn comes again. Of more than ``MAX_CALLS`` there
+            must be a multiple.
         samples: how many measurements to take the median of.
     """
-    program = jax.jit(lambda sets: [function(*inputs) for inputs in sets]).lower(input_sets).compile()
+    groups = [input_sets[i : i + MAX_CALLS] for i in range(0, len(input_sets), MAX_CALLS)]
+    program = jax.jit(lambda sets: [function(*inputs) for inputs in sets]).lower(groups[0]).compile()
 
     def run(count: int) -> float:
         began = time.perf_counter()
         outputs = None
         for _ in range(count):
-            outputs = program(input_sets)
+            for group in groups:
+                outputs = program(group)
         jax.block_until_ready(outputs)
         return time.perf_counter() - began
 
     run(1)
     once = min(run(1) for _ in range(2))
     output_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.out_info))
+    output_bytes *= len(groups)
     room = int(_MAX_QUEUED_BYTES / max(output_bytes, 1))
     queued = max(1, min(math.ceil(_TARGET_SECONDS / once), room // 2))
     calls = queued * len(input_sets)

@@ -10,10 +10,30 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
 from jax._src import config
-from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 
-__all__ = ["LANES", "WARPS", "WGMMA", "interpreted", "plgpu", "register_tile", "store", "synchronize"]
+__all__ = [
+    "LANES",
+    "WARPS",
+    "WGMMA",
+    "arith",
+    "forget_mesh_axes",
+    "interpreted",
+    "ir",
+    "llvm",
+    "load_float32",
+    "plgpu",
+    "register_tile",
+    "store",
+    "synchronize",
+    "utils",
+    "vector",
+]
 
 WARPS = 4
 """Warps of a warpgroup, which is what Pallas calls a thread on this backend."""
@@ -54,6 +74,37 @@ def store(ref: Any, value: jax.Array) -> None:
         ref[...] = value
 
 
+def load_float32(ref: Any, layout: Any) -> jax.Array:
+    """Loads an array of numbers in a layout, as float32."""
+    array = plgpu.load(ref, layout=layout, optimized=False)
+    if array.dtype != jnp.bfloat16 or interpreted():
+        return array.astype(jnp.float32)
+    return_type = plgpu.ShapeDtypeStruct(array.shape, jnp.dtype("float32"), layout=layout)
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=return_type)(_bfloat16_to_float32)(array)
+
+
+def _bfloat16_to_float32(_: Any, array: fragmented_array.FragmentedArray) -> fragmented_array.FragmentedArray:
+    """Converts with one instruction a number, where the compiler's own conversion takes two for every other one."""
+    (length,) = ir.VectorType(array.registers.flat[0].type).shape
+    if length % 2:
+        return array.astype(ir.F32Type.get())
+    word = ir.IntegerType.get_signless(32)
+
+    def convert(register: ir.Value) -> ir.Value:
+        words = utils.bitcast(register, ir.VectorType.get((length // 2,), word))
+        halves = []
+        for i in range(length // 2):
+            pair = vector.extract(words, dynamic_position=[], static_position=[i])
+            halves += [arith.shli(pair, utils.c(16, word)), arith.andi(pair, utils.c(-(1 << 16), word))]
+        bits = vector.from_elements(ir.VectorType.get((length,), word), halves)
+        return utils.bitcast(bits, ir.VectorType.get((length,), ir.F32Type.get()))
+
+    registers = np.empty_like(array.registers)
+    for index, register in np.ndenumerate(array.registers):
+        registers[index] = convert(register)
+    return fragmented_array.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+
+
 def synchronize() -> None:
     """Waits until all warps of the warpgroup are here and see what each other wrote to shared memory.
 
@@ -61,6 +112,15 @@ def synchronize() -> None:
     where such a copy follows. Waiting for copies out, of which there are none in flight, leaves the bare barrier.
     """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def forget_mesh_axes(array: jax.Array) -> jax.Array:
+    """Removes from an array's type the manual mesh axes that it varies over; the array itself stays as it is.
+
+    Inside ``jax.shard_map`` references to an array that varies are marked so too, and ``plgpu.warp_map`` refuses them.
+    """
+    with config._check_vma(False):
+        return jax.lax.reshape(jax.lax.reshape(array, (1, *array.shape)), array.shape)
 
 
 def interpreted() -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.mosaic_gpu_compat import plgpu
+from pallas_kernels.mosaic_gpu_compat import forget_mesh_axes, plgpu
 from pallas_kernels.sharding import vary_like
 
 Refs = Mapping[str, Any]
@@ -63,6 +63,6 @@ def launch(
         compiler_params=_COMPILER_PARAMS,
     )
     with jax.enable_x64(False):  # Python's numbers are 32 bits wide in a kernel, whatever the caller's are.
-        results = kernel(*inputs.values())
+        results = kernel(*map(forget_mesh_axes, inputs.values()))
     one_input = next(iter(inputs.values()))
     return {name: vary_like(array, one_input) for name, array in zip(outputs, results, strict=True)}

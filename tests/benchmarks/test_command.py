@@ -72,6 +72,32 @@ def test_a_wrong_result_fails_the_command_and_is_marked(tmp_path, capsys, monkey
 
 
 @pytest.mark.usefixtures("smallest")
+def test_a_run_that_is_cut_off_leaves_what_it_has_measured(tmp_path, monkeypatch):
+    real = OPERATORS["causal_conv1d"].call
+
+    def call(arrays, *, implementation):
+        if arrays["x"].shape[1] == 16:
+            raise KeyboardInterrupt
+        return real(arrays, implementation=implementation)
+
+    monkeypatch.setitem(OPERATORS, "causal_conv1d", dataclasses.replace(OPERATORS["causal_conv1d"], call=call))
+    with pytest.raises(KeyboardInterrupt):
+        run("causal_conv1d", "--suites", "length", "--quick", "--samples", "2", "--output", str(tmp_path))
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [m["shape"]["length"] for m in report["measurements"]] == [8, 8]
+
+
+@pytest.mark.usefixtures("smallest")
+def test_out_of_time_is_said(tmp_path, capsys):
+    arguments = ("--suites", "shapes", "--quick", "--samples", "2", "--output", str(tmp_path))
+    run("causal_conv1d", *arguments, "--seconds", "0")
+    assert "out of time: 2 of 2 cases were not measured" in capsys.readouterr().out
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    assert report["measurements"] == []
+    assert report["failures"] == ["out of time: 2 of 2 cases were not measured"]
+
+
+@pytest.mark.usefixtures("smallest")
 def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch):
     real = OPERATORS["causal_conv1d"].call
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from benchmarks import timing
 from benchmarks.timing import time_calls
 
 
@@ -27,3 +28,18 @@ def test_two_inputs_do_not_count_twice():
         for n in (1, 4)
     )
     assert 0.3 < four.median / one.median < 3
+
+
+def test_many_inputs_go_through_programs_of_a_few(monkeypatch):
+    monkeypatch.setattr(timing, "MAX_CALLS", 2)
+    traced = []
+
+    def call(a: jax.Array) -> jax.Array:
+        traced.append(a.shape)
+        return multiply(100, a)
+
+    sets = [(jax.random.normal(jax.random.key(i), (64, 64)),) for i in range(6)]
+    six = time_calls(call, sets, samples=5)
+    two = time_calls(lambda a: multiply(100, a), sets[:2], samples=5)
+    assert len(traced) == 2
+    assert 0.3 < six.median / two.median < 3

@@ -14,7 +14,7 @@ from pallas_kernels.batching import Arrays, batch_by_folding
 from pallas_kernels.causal_conv1d.inputs import Inputs
 from pallas_kernels.causal_conv1d.mosaic_gpu import blocks, geometry, kernels
 from pallas_kernels.causal_conv1d.mosaic_gpu.blocks import Problem
-from pallas_kernels.causal_conv1d.mosaic_gpu.geometry import MAX_WIDTH
+from pallas_kernels.causal_conv1d.mosaic_gpu.geometry import MAX_WIDTH, Geometry
 from pallas_kernels.causal_conv1d.state import final_state
 from pallas_kernels.mosaic_gpu_compat import missing_hardware
 from pallas_kernels.segments import segment_starts
@@ -92,7 +92,7 @@ def _forward(silu: bool) -> Callable[[Arrays], Arrays]:
     """The forward pass on arrays by their names in ``Inputs``."""
 
     def run(arrays: Arrays) -> Arrays:
-        p, padded = _prepare(arrays, silu)
+        p, padded = _prepare(arrays, silu, geometry.forward)
         return {"y": _trim(kernels.forward(p, padded), arrays["x"])}
 
     return batch_by_folding(run, parameters=_PARAMETERS)
@@ -103,19 +103,19 @@ def _backward(silu: bool) -> Callable[[Arrays], Arrays]:
     """The backward pass; of the parameters' gradients it returns the terms, see ``kernels.backward``."""
 
     def run(arrays: Arrays) -> Arrays:
-        p, padded = _prepare(arrays, silu)
+        p, padded = _prepare(arrays, silu, geometry.backward)
         return {name: _trim(array, arrays["x"]) for name, array in kernels.backward(p, padded).items()}
 
     return batch_by_folding(run, parameters=_PARAMETERS)
 
 
-def _prepare(arrays: Arrays, silu: bool) -> tuple[Problem, Arrays]:
+def _prepare(arrays: Arrays, silu: bool, choose: Callable[[int, int, int], Geometry]) -> tuple[Problem, Arrays]:
     """Brings arrays by their names in ``Inputs`` into the shapes of ``Problem``."""
     x = arrays["x"]
     batch, length, channels = x.shape
     width = arrays["weight"].shape[0]
     pitch = -(-channels * x.dtype.itemsize // _COPY_BYTES) * _COPY_BYTES // x.dtype.itemsize
-    p = Problem(geometry.choose(batch, length, pitch), batch, length, pitch, width, silu)
+    p = Problem(choose(batch, length, pitch), batch, length, pitch, width, silu)
     padded = {}
     for name, array in arrays.items():
         if name == "segment_ids":

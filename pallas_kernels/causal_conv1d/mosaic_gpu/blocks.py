@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.causal_conv1d.mosaic_gpu.geometry import Geometry
-from pallas_kernels.mosaic_gpu_compat import WARPS, plgpu, store
+from pallas_kernels.mosaic_gpu_compat import WARPS, load_float32, plgpu, store
 from pallas_kernels.mosaic_gpu_launch import Refs
 
 Rows = tuple[jax.Array, ...]
@@ -71,7 +71,7 @@ class Problem:
         channels = pl.ds(first_channel, self.geometry.channels)
         return Block(lax.div(column, self.channel_blocks), lax.axis_index("tokens"), channels)
 
-    def first_token(self, block: Block, warp: int) -> Any:
+    def first_token(self, block: Block, warp: Any) -> Any:
         """Where a warp's stretch begins."""
         return block.index * self.geometry.tokens + warp * self.geometry.stretch
 
@@ -123,15 +123,19 @@ def start_chunk(
     """Starts loading a chunk of every stretch, ``lead`` tokens ahead. After the end of the sequence there are zeros."""
     barrier = smem["barrier"].at[slot]
     offset = index * p.geometry.steps + lead
-    for name in streamed:
-        if name == "reach":
-            source = gmem["reach"].at[block.batch, block.index, pl.ds(offset, p.geometry.steps)]
-            plgpu.copy_gmem_to_smem(source, smem["reach"].at[slot], barrier)
-        else:
-            for warp in range(WARPS):
-                tokens = pl.ds(p.first_token(block, warp) + offset, p.geometry.steps)
+    if "reach" in streamed:
+        source = gmem["reach"].at[block.batch, block.index, pl.ds(offset, p.geometry.steps)]
+        plgpu.copy_gmem_to_smem(source, smem["reach"].at[slot], barrier)
+
+    def load(warp: Any) -> None:
+        tokens = pl.ds(p.first_token(block, warp) + offset, p.geometry.steps)
+        for name in streamed:
+            if name != "reach":
                 source = gmem[name].at[block.batch, tokens, block.channels]
                 plgpu.copy_gmem_to_smem(source, smem[name].at[slot, warp], barrier)
+
+    # Each warp starts the copies of its own stretch: the instructions for four would be as many as for the tokens.
+    plgpu.warp_map(load)
 
 
 def start_stream(p: Problem, gmem: Refs, smem: Refs, streamed: Sequence[str], block: Block, *, lead: int) -> None:
@@ -175,33 +179,34 @@ def stream[C](
 def store_chunk(p: Problem, ref: Any, target: Any, block: Block, index: Any) -> None:
     """Starts storing a chunk of every stretch."""
     plgpu.commit_smem()
-    for warp in range(WARPS):
+
+    def store(warp: Any) -> None:
         tokens = pl.ds(p.first_token(block, warp) + index * p.geometry.steps, p.geometry.steps)
-        destination = target.at[block.batch, tokens, block.channels]
-        plgpu.copy_smem_to_gmem(ref.at[warp], destination, commit_group=warp == WARPS - 1)
+        plgpu.copy_smem_to_gmem(ref.at[warp], target.at[block.batch, tokens, block.channels])
+
+    plgpu.warp_map(store)
 
 
-def load_history(p: Problem, gmem: Refs, smem: Refs, block: Block, warp: int) -> None:
-    """Starts loading the width - 1 inputs before a warp's stretch."""
+def load_history(p: Problem, gmem: Refs, smem: Refs, block: Block, warp: Any) -> None:
+    """Starts loading the width - 1 inputs before the stretch of the warp that calls it."""
     destination, barrier = smem["head_x"].at[warp, : p.history], smem["head_barrier"]
     before = p.first_token(block, warp) - p.history
+    is_first = (block.index == 0) & (warp == 0)
 
     def load(first: Any) -> None:
         source = gmem["x"].at[block.batch, pl.ds(first, p.history), block.channels]
         plgpu.copy_gmem_to_smem(source, destination, barrier)
 
-    if warp > 0:
-        load(before)
-    elif "initial_state" not in gmem:
+    if "initial_state" not in gmem:
         # There are zeros after the end.
-        load(jnp.where(block.index == 0, p.length, before))
+        load(jnp.where(is_first, p.length, before))
     else:
 
-        @pl.when(block.index > 0)
+        @pl.when(jnp.logical_not(is_first))
         def _() -> None:
             load(before)
 
-        @pl.when(block.index == 0)
+        @pl.when(is_first)
         def _() -> None:
             source = gmem["initial_state"].at[block.batch, :, block.channels]
             plgpu.copy_gmem_to_smem(source, destination, barrier)
@@ -225,7 +230,7 @@ def sum_over_warps(g: Geometry, buffer: Any, row: jax.Array) -> jax.Array:
 
 def load_row(g: Geometry, ref: Any) -> jax.Array:
     """Loads a row as float32."""
-    return plgpu.load(ref, layout=g.row_layout, optimized=False).astype(jnp.float32)
+    return load_float32(ref, g.row_layout)
 
 
 def load_reach(p: Problem, refs: Refs, step: tuple[Any, ...]) -> jax.Array | None:

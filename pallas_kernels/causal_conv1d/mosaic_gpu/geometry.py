@@ -13,7 +13,6 @@ Layout = Any
 MAX_WIDTH = 8
 MAX_VECTOR = 8
 _SMS = 132
-_BLOCKS_PER_SM = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +70,25 @@ class Geometry:
         return self.row_layout.reduce((1,))
 
 
-def choose(batch: int, length: int, channels: int) -> Geometry:
-    """Geometry for a problem.
+def forward(batch: int, length: int, channels: int) -> Geometry:
+    """Geometry of the forward kernel for a problem."""
+    return _choose(batch, length, channels, blocks_per_sm=16)
 
-    All sizes within reason run at the memory's speed where there is enough to do. These keep a block small, so that
-    several share an SM, and take long stretches, since every stretch also needs a few tokens of its neighbours, as long
-    as there remain several blocks for every SM.
+
+def backward(batch: int, length: int, channels: int) -> Geometry:
+    """Geometry of the backward kernel: half as many blocks, each of which has sums of its own to leave."""
+    return _choose(batch, length, channels, blocks_per_sm=8)
+
+
+def _choose(batch: int, length: int, channels: int, blocks_per_sm: int) -> Geometry:
+    """Small blocks, of which several share an SM, with stretches as long as leaves enough of them.
+
+    Every stretch also needs a few tokens of its neighbours, so long ones read less.
     """
-    vector, steps = 4, 4
+    vector, steps = 4, 8
     columns = batch * -(-channels // (LANES * vector))
-    chunks = 4
-    while columns * (length // (WARPS * steps * 2 * chunks)) >= _BLOCKS_PER_SM * _SMS:
+    chunks = 2
+    while columns * (length // (WARPS * steps * 2 * chunks)) >= blocks_per_sm * _SMS:
         chunks *= 2
     chunks = min(chunks, -(-length // (WARPS * steps)))
-    return Geometry(vector, steps, stages=min(4, chunks), chunks=chunks, unroll=4)
+    return Geometry(vector, steps, stages=min(4, chunks), chunks=chunks, unroll=8)

@@ -50,8 +50,7 @@ def forward(p: Problem, inputs: Mapping[str, jax.Array]) -> jax.Array:
         weight, bias = blocks.parameters(p, gmem, block)
         history: Rows = ()
         if p.history:
-            for warp in range(WARPS):
-                blocks.load_history(p, gmem, smem, block, warp)
+            plgpu.warp_map(lambda warp: blocks.load_history(p, gmem, smem, block, warp))
             plgpu.barrier_wait(smem["head_barrier"])
             history = tuple(blocks.load_row(g, smem["head_x"].at[:, i]) for i in range(p.history))
 
@@ -171,12 +170,15 @@ def _walk_head(
     gradients of weight and bias, since it runs as many tokens ahead of its end; only the first one has none before it.
     """
     g = p.geometry
-    for warp in range(WARPS):
+
+    def load(warp: Any) -> None:
         blocks.load_history(p, gmem, smem, block, warp)
         tokens = pl.ds(p.first_token(block, warp), p.history)
         for name, rows in (("x", slice(p.history, 2 * p.history)), ("dy", slice(p.history))):
             source = gmem[name].at[block.batch, tokens, block.channels]
             plgpu.copy_gmem_to_smem(source, smem[f"head_{name}"].at[warp, rows], smem["head_barrier"])
+
+    plgpu.warp_map(load)
     plgpu.barrier_wait(smem["head_barrier"])
 
     carry = carry._replace(

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.batching import Arrays, batch_by_folding
-from pallas_kernels.elementwise import LOG2_E
 from pallas_kernels.mosaic_gpu_compat import missing_hardware
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.selective_scan.inputs import Inputs
@@ -142,7 +141,7 @@ def _prepare(arrays: Arrays, delta_softplus: bool, choose: Any) -> tuple[Problem
             case "D" | "delta_bias":
                 padded[name] = _pad_channels(array.astype(jnp.float32), p)
             case "A":
-                padded[name] = _to_tiles(array.astype(jnp.float32) * LOG2_E, p)
+                padded[name] = jnp.swapaxes(_to_tiles(array.astype(jnp.float32), p), 0, 1)
             case "B":
                 matrices = jnp.stack([_pad(arrays[n].astype(jnp.float32), -1, g.state) for n in ("B", "C")], axis=3)
                 padded["BC"] = matrices.reshape(batch, length, groups, 2 * g.state_lanes, g.states_per_lane)

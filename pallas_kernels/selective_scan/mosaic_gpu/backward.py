@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.elementwise import LN_2, sigmoid, softplus_gradient
-from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
+from pallas_kernels.mosaic_gpu_compat import load_float32, plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs
 from pallas_kernels.selective_scan.mosaic_gpu import blocks
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import Problem, State
-from pallas_kernels.selective_scan.mosaic_gpu.stream import Stream
+from pallas_kernels.selective_scan.mosaic_gpu.lane_sums import store_sums
+from pallas_kernels.selective_scan.mosaic_gpu.stream import Stream, share_out
 
 Tokens = tuple[jax.Array, ...]
 
@@ -45,18 +46,21 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             several parts also what ``parts.summarize`` returned for ``reverse``.
 
     Returns:
-        "dx", "ddelta", "dz", "dBC" and "dinitial_state" like their inputs. Sums to be finished outside: "dA",
-        (batch, parts, *A's shape), "dD" and "ddelta_bias", (batch, parts, channels), over batch and parts.
+        "dx", "ddelta", "dz", "dBC" and "dinitial_state" like their inputs. Sums over batch and parts to be finished
+        outside: "dA", (batch, parts, state_lanes, channels, states_per_lane), "dD" and "ddelta_bias", (batch, parts,
+        channels).
     """
     g = p.geometry
     optional = [name for name in ("z", "keep") if name in inputs]
     streamed = ["x", "delta", "BC", "dy", *optional]
+    # Partial sums that XLA adds up; with bfloat16 data they are rounded like the sums, which halves what it must read.
+    sums_dtype = jnp.bfloat16 if inputs["x"].dtype == jnp.bfloat16 else jnp.float32
     matrix_dims = (p.pieces_per_group * p.batch, p.stored_length, *inputs["BC"].shape[2:])
     sums_type = jax.ShapeDtypeStruct((p.batch, p.num_parts, p.channels), jnp.float32)
     outputs = {
         "dx": p.token_type(inputs["x"]),
         "ddelta": p.token_type(inputs["delta"]),
-        "dBC": jax.ShapeDtypeStruct(matrix_dims, jnp.float32),
+        "dBC": jax.ShapeDtypeStruct(matrix_dims, sums_dtype),
         "dA": p.state_type(p.num_parts),
         "dinitial_state": p.state_type(),
     }
@@ -69,7 +73,6 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         "tokens": p.token_columns(4 if "z" in inputs else 3),
         # The state before every piece; those within it are computed again on the way back.
         "history": p.scratch((g.steps // g.piece_steps, g.tiles, lanes, channels, states), jnp.float32),
-        "dBC": p.scratch((g.steps, 2 * lanes, states), jnp.float32),
         # Terms of dB and dC, one a channel of a register tile. With 16-bit data they are rounded like the sums they
         # make, which halves the traffic of shared memory, the bottleneck of this kernel.
         "terms": p.scratch((g.summed_steps, 2, channels, lanes, states), terms_dtype),
@@ -77,7 +80,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
     def backward(gmem: Refs, smem: Refs) -> None:
         block = p.block()
-        A = blocks.load_state(g, gmem["A"].at[:, block.channels])
+        A = blocks.load_A(g, gmem, block)
         p.load_parameters(gmem, smem, block)
         num_saved = inputs["states"].shape[1]
 
@@ -89,25 +92,27 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             synchronize()
             dh, dA = carry.dh, carry.dA
             _save_states(p, smem, refs, A, h_start)
+            partial = lax.rem(block.index, p.pieces_per_group) * p.batch + block.batch
             for start in reversed(range(0, g.steps, g.summed_steps)):
                 dh, dA = _walk_back(p, smem, refs, A, dh, dA, start)
                 synchronize()
-                _sum_over_channels(p, smem, start)
+                summed = pl.ds(index * g.steps + start, g.summed_steps)
+                _sum_over_channels(p, smem, gmem["dBC"].at[partial, summed, block.group])
                 synchronize()
             dD, ddelta_bias = _finish(p, smem, refs, index, carry)
             plgpu.commit_smem()
             rows = p.rows(index)
+            copies = []
             for name, output in (("x", "dx"), ("delta", "ddelta"), ("z", "dz")):
                 if name in refs:
-                    plgpu.copy_smem_to_gmem(refs[name], gmem[output].at[block.batch, rows, block.channels])
-            partial = lax.rem(block.index, p.pieces_per_group) * p.batch + block.batch
-            plgpu.copy_smem_to_gmem(smem["dBC"], gmem["dBC"].at[partial, rows, block.group])
+                    copies.append((refs[name], gmem[output].at[block.batch, rows, block.channels]))
+            share_out([functools.partial(plgpu.copy_smem_to_gmem, *copy) for copy in copies])
             return Carry(dh, dA, dD, ddelta_bias)
 
         zeros = tuple(blocks.fold_steps(g, blocks.zero_tokens(g)) for _ in g.token_tiles())
         dh = blocks.load_state(g, gmem["dfinal_state"].at[block.batch, :, block.channels])
         later = p.num_parts - 1
-        dh = blocks.carry_over_parts(p, gmem, block, A, dh, 0, later - block.part, lambda i: later - i)
+        dh = blocks.carry_over_parts(p, gmem, block, A, dh, later - block.part, lambda i: later - i)
         carry = Carry(dh, blocks.zero_state(g), zeros, zeros)
         carry = Stream(p, gmem, smem, streamed, block, reverse=True).walk(chunk, carry)
         blocks.store_state(g, gmem["dA"].at[block.batch, block.part, :, block.channels], carry.dA)
@@ -121,7 +126,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
     results = p.launch(backward, inputs, outputs, scratch)
     dBC = results["dBC"].reshape(p.pieces_per_group, p.batch, *results["dBC"].shape[1:])
-    results["dBC"] = jnp.sum(dBC[:, :, : p.length], axis=0)
+    results["dBC"] = jnp.sum(dBC[:, :, : p.length], axis=0, dtype=jnp.float32)
     for name in ("dx", "ddelta", "dz"):
         if name in results:
             results[name] = p.trim(results[name])
@@ -205,12 +210,12 @@ def _walk_back(p: Problem, smem: Refs, refs: Refs, A: State, dh: State, dA: Stat
             dlog_decay = passed * before[tile]
             new_dA.append(dA[tile] + o.step_size[tile] * dlog_decay)
             new_dh.append(passed)
-            B_dh.append(_sum_over_states(d * o.B))
-            A_da.append(_sum_over_states(dlog_decay * A[tile]))
+            B_dh.append(jnp.sum(d * o.B, axis=2))
+            A_da.append(jnp.sum(dlog_decay * A[tile], axis=2))
             if "z" in refs:
-                C_h.append(_sum_over_states(h[tile] * o.C))
-        sums = jnp.concatenate(B_dh + A_da + C_h)
-        store(smem["tokens"].at[t, g.channels : g.channels + sums.size], sums)
+                C_h.append(jnp.sum(h[tile] * o.C, axis=2))
+        parts = B_dh + A_da + C_h
+        store_sums(g, smem["tokens"].at[t, g.channels : g.channels + len(parts) * g.tile_channels], parts)
         for slot, terms in enumerate((dB_terms, dC_terms)):
             term = functools.reduce(jnp.add, terms)
             store(_terms(smem, t - start, slot), term.astype(smem["terms"].dtype))
@@ -232,11 +237,6 @@ def _walk_back(p: Problem, smem: Refs, refs: Refs, A: State, dh: State, dA: Stat
     return lax.fori_loop(0, pieces, piece, (dh, dA))
 
 
-def _sum_over_states(tile: jax.Array) -> jax.Array:
-    """Sums a register tile over the states of each channel."""
-    return jnp.sum(jnp.sum(tile, axis=2), axis=0)
-
-
 def _terms(smem: Refs, steps: Any, slot: int) -> Any:
     """Terms of dB or dC in steps, as register tiles have them, though lanes of a channel are neighbours in memory.
 
@@ -247,14 +247,12 @@ def _terms(smem: Refs, steps: Any, slot: int) -> Any:
     return ref.transpose(dims)
 
 
-def _sum_over_channels(p: Problem, smem: Refs, start: int) -> None:
-    """Puts dB and dC of a piece of the chunk, summed over the warpgroup's channels, into "dBC"."""
+def _sum_over_channels(p: Problem, smem: Refs, target: Any) -> None:
+    """Stores dB and dC of ``summed_steps`` steps, summed over the warpgroup's channels."""
     g = p.geometry
     for slot in range(2):
-        terms = plgpu.load(_terms(smem, slice(None), slot), layout=g.channel_sum_layout, optimized=False)
-        total = jnp.sum(terms.astype(jnp.float32), axis=2)
-        rows, lanes = pl.ds(start, g.summed_steps), pl.ds(slot * g.state_lanes, g.state_lanes)
-        store(smem["dBC"].at[rows, lanes], total)
+        total = jnp.sum(load_float32(_terms(smem, slice(None), slot), g.channel_sum_layout), axis=2)
+        store(target.at[:, pl.ds(slot * g.state_lanes, g.state_lanes)], total.astype(target.dtype))
 
 
 def _finish(p: Problem, smem: Refs, refs: Refs, index: Any, carry: Carry) -> tuple[Tokens, Tokens]:

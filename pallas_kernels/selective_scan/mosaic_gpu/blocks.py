@@ -12,8 +12,8 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.elementwise import softplus
-from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.elementwise import LOG2_E, softplus
+from pallas_kernels.mosaic_gpu_compat import load_float32, plgpu, store
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.selective_scan.mosaic_gpu.geometry import KEEP_LANES, Geometry, Layout
 
@@ -25,6 +25,9 @@ SHARED = ("BC", "keep")
 """Inputs that are the same for all channels: the warpgroups of a block load them once."""
 _COMMON = (*SHARED, "loaded", "shared_loaded", "shared_read")
 """Scratch memory that a block has once, where a warpgroup has a piece of its own of everything else."""
+
+_PARTS_AT_ONCE = 4
+"""Parts whose effect on a state is loaded together."""
 
 
 class Block(NamedTuple):
@@ -45,10 +48,10 @@ class Problem:
     """Shapes and options of one scan.
 
     The kernels' inputs are named as in ``Inputs``, in these shapes (channels and state padded to the geometry):
-    "x", "delta", "z", (batch, length, channels); "A", the state matrix times log2(e), (state_lanes, channels,
-    states_per_lane); "BC", B and then C, float32, (batch, length, groups, 2 · state_lanes, states_per_lane); "D" and
-    "delta_bias", float32, (channels,); "initial_state", (batch, *A's shape). "keep", (batch, chunks, KEEP_LANES)
-    float32, is 0 at the first token of a segment, else 1.
+    "x", "delta", "z", (batch, length, channels); "A", (channels, state_lanes, states_per_lane); "BC", B and then C,
+    float32, (batch, length, groups, 2 · state_lanes, states_per_lane); "D" and "delta_bias", float32, (channels,);
+    "initial_state", (batch, state_lanes, channels, states_per_lane). "keep", (batch, chunks, KEEP_LANES) float32, is 0
+    at the first token of a segment, else 1.
     """
 
     geometry: Geometry
@@ -207,8 +210,7 @@ def per_channel(g: Geometry, ref: Any, channels: slice) -> jax.Array:
 def load_token(g: Geometry, ref: Any, channels: slice, *, column: int = 0) -> jax.Array:
     """Loads a token tile as float32; with a column, from what ``Problem.token_columns`` reserved."""
     first = column * g.channels + channels.start
-    tile = plgpu.load(ref.at[:, first : first + g.token_channels], layout=g.token_layout, optimized=False)
-    return tile.astype(jnp.float32)
+    return load_float32(ref.at[:, first : first + g.token_channels], g.token_layout)
 
 
 def store_tokens(g: Geometry, ref: Any, tokens: Sequence[jax.Array], *, column: int = 0) -> None:
@@ -297,13 +299,15 @@ def spread(array: jax.Array, shape: tuple[int, ...], dims: tuple[int, ...], layo
 def load_state(g: Geometry, ref: Any) -> State:
     """Loads the states of the block's channels, (state_lanes, channels, states_per_lane)."""
 
-    def load(channels: slice) -> jax.Array:
-        tile = plgpu.load(ref.at[:, channels], layout=g.state_layout, optimized=False)
-        # The compiler drops the product. It is there for the type: inside jax.shard_map an array from outside is marked
-        # with the mesh axes it varies over, results of operations in a kernel are not, and a loop needs them alike.
-        return tile * 1.0
+    return tuple(
+        plgpu.load(ref.at[:, channels], layout=g.state_layout, optimized=False) for channels in g.register_tiles()
+    )
 
-    return tuple(load(channels) for channels in g.register_tiles())
+
+def load_A(g: Geometry, gmem: Refs, block: Block) -> State:
+    """Loads the state matrix of the block's channels, times log2(e): its decays are powers of two."""
+    channels_first = gmem["A"].at[block.channels]
+    return tuple(tile * LOG2_E for tile in load_state(g, channels_first.transpose((1, 0, 2))))
 
 
 def store_state(g: Geometry, ref: Any, state: State) -> None:
@@ -359,23 +363,33 @@ def initial_state(p: Problem, gmem: Refs, block: Block, A: State) -> State:
     h = zero_state(g)
     if "initial_state" in gmem:
         h = load_state(g, gmem["initial_state"].at[block.batch, :, block.channels])
-    return carry_over_parts(p, gmem, block, A, h, 0, block.part, lambda i: i)
+    return carry_over_parts(p, gmem, block, A, h, block.part, lambda i: i)
 
 
 def carry_over_parts(
-    p: Problem, gmem: Refs, block: Block, A: State, h: State, start: Any, stop: Any, order: Callable[[Any], Any]
+    p: Problem, gmem: Refs, block: Block, A: State, h: State, count: Any, order: Callable[[Any], Any]
 ) -> State:
-    """Carries a state over whole parts, by what ``parts.summarize`` found about them."""
+    """Carries a state over so many whole parts, by what ``parts.summarize`` found about them."""
     if p.num_parts == 1:
         return h
     g = p.geometry
 
-    def carry(i: Any, h: State) -> State:
-        part = order(i)
+    def load(i: Any) -> tuple[State, State, Any]:
+        # In place of a part too many the last one is loaded, for a decay of one and a gain of zero.
+        counts = jnp.where(i < count, 1.0, 0.0)
+        part = order(jnp.minimum(i, count - 1))
         gained = load_state(g, gmem["part_state"].at[block.batch, part, :, block.channels])
         steps = gmem["part_steps"].at[block.batch, part, block.channels]
-        (step_size,) = spread_columns(g, plgpu.load(steps, layout=g.channel_layout, optimized=False))
-        keep = gmem["part_keep"][block.batch, part] if "part_keep" in gmem else None
-        return tuple(decay(step_size[i], A[i], keep) * h[i] + gained[i] for i in range(g.tiles))
+        (step_size,) = spread_columns(g, plgpu.load(steps, layout=g.channel_layout, optimized=False) * counts)
+        keep = None
+        if "part_keep" in gmem:
+            keep = gmem["part_keep"][block.batch, part] * counts + (1.0 - counts)
+        return step_size, tuple(tile * counts for tile in gained), keep
 
-    return lax.fori_loop(start, stop, carry, h)
+    def carry(group: Any, h: State) -> State:
+        # Several at once: the last part's block waits for them all, and one load takes as long as four.
+        for step_size, gained, keep in [load(_PARTS_AT_ONCE * group + i) for i in range(_PARTS_AT_ONCE)]:
+            h = tuple(decay(step_size[i], A[i], keep) * h[i] + gained[i] for i in range(g.tiles))
+        return h
+
+    return lax.fori_loop(0, (count + _PARTS_AT_ONCE - 1) // _PARTS_AT_ONCE, carry, h)

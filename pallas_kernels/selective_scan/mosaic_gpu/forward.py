@@ -46,7 +46,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
 
     def forward(gmem: Refs, smem: Refs) -> None:
         block = p.block()
-        A = blocks.load_state(g, gmem["A"].at[:, block.channels])
+        A = blocks.load_A(g, gmem, block)
         p.load_parameters(gmem, smem, block)
 
         stream = Stream(p, gmem, smem, streamed, block)

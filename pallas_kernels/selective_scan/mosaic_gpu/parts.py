@@ -48,7 +48,7 @@ def summarize(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool) -> 
         block = p.block()
         if reverse:
             block = block._replace(part=block.part + 1)
-        A = blocks.load_state(g, gmem["A"].at[:, block.channels])
+        A = blocks.load_A(g, gmem, block)
         p.load_parameters(gmem, smem, block)
 
         def chunk(index: Any, refs: Refs, carry: tuple[State, tuple[jax.Array, ...]]) -> Any:

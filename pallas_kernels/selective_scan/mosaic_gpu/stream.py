@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.experimental.pallas as pl
 from jax import lax
 
-from pallas_kernels.mosaic_gpu_compat import plgpu
+from pallas_kernels.mosaic_gpu_compat import WARPS, plgpu
 from pallas_kernels.mosaic_gpu_launch import Refs
 from pallas_kernels.selective_scan.mosaic_gpu.blocks import SHARED, Block, Problem
 
@@ -121,10 +122,18 @@ class Stream:
 
     def _load(self, i: Any) -> None:
         slot, rows = self._slot(i), self.problem.rows(self.index(i))
-        for name in self.names:
-            if name not in SHARED:
-                source = self.gmem[name].at[self.block.batch, rows, self.block.channels]
-                plgpu.copy_gmem_to_smem(source, self.smem[name].at[slot], self._loaded(slot))
+        share_out(
+            [
+                functools.partial(
+                    plgpu.copy_gmem_to_smem,
+                    self.gmem[name].at[self.block.batch, rows, self.block.channels],
+                    self.smem[name].at[slot],
+                    self._loaded(slot),
+                )
+                for name in self.names
+                if name not in SHARED
+            ]
+        )
 
     def _load_shared(self, i: Any) -> None:
         slot, index = self._shared_slot(i), self.index(i)
@@ -136,3 +145,13 @@ class Stream:
             if name in SHARED:
                 source = sources[name](self.gmem[name])
                 plgpu.copy_gmem_to_smem(source, self.smem[name].at[slot], self.smem["shared_loaded"].at[slot])
+
+
+def share_out(copies: Sequence[Callable[[], None]]) -> None:
+    """Starts copies, each in another warp: one is some twenty instructions, which all warps would execute otherwise."""
+
+    def start(warp: Any) -> None:
+        for number, copy in enumerate(copies):
+            pl.when(warp == number % WARPS)(copy)
+
+    plgpu.warp_map(start)
