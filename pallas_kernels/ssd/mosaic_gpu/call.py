@@ -58,7 +58,7 @@ class Call:
         ends = states.scan(walk, inputs, reverse=reverse, save=False)["end"]
         if outside is None:
             outside = jnp.zeros_like(ends[:, 0])
-        totals = inputs["tokens"][:, : self.heads, :, 0, -1]
+        totals = _pad(inputs["tokens"][:, : self.heads, :, 0, -1], 2, self.plan.parts * walk.chunks_per_part)
         log_decay = jnp.sum(totals.reshape(self.batch, self.heads, self.plan.parts, walk.chunks_per_part), axis=-1)
         log_decay = jnp.swapaxes(jnp.repeat(log_decay, self.pieces, axis=1), 1, 2)
         return {"start": parts.starts(ends, outside, log_decay, reverse=reverse)}
