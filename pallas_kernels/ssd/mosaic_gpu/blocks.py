@@ -233,40 +233,39 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0))
 
 
-def product(
-    *operands: tuple[Any, Any], plus: jax.Array | None = None, meanwhile: Callable[[], None] | None = None
-) -> jax.Array:
+def product(*operands: tuple[Any, Any], plus: jax.Array | None = None) -> jax.Array:
     """Sum of matrix products, and of what is in registers already, in float32.
 
     Each of the operands is a reference, or the left one an array in registers.
     """
-    (result,) = products((operands, plus), meanwhile=meanwhile)
+    (result,) = products((operands, plus))
     return result
 
 
 def products(
-    *sums: tuple[Sequence[tuple[Any, Any]], jax.Array | None], meanwhile: Callable[[], None] | None = None
-) -> tuple[jax.Array, ...]:
-    """Several of ``product`` at once: the operands of each, and what is added to them or None.
+    *sums: tuple[Sequence[tuple[Any, Any]], jax.Array | None], meanwhile: Callable[[], Any] | None = None
+) -> tuple[Any, ...]:
+    """Several of ``product`` at once.
 
     Args:
-        sums: the products.
+        sums: the operands of each, and what is added to them or None.
         meanwhile: what to do while the matrix instructions run.
+
+    Returns:
+        The products, and then what ``meanwhile`` returned, if there is one.
     """
     if interpreted():
-        if meanwhile is not None:
-            meanwhile()
-        return tuple(_interpreted_product(*operands_and_plus) for operands_and_plus in sums)
+        results = tuple(_interpreted_product(*operands_and_plus) for operands_and_plus in sums)
+        return results if meanwhile is None else (*results, meanwhile())
 
-    def run(*accumulators: Any) -> tuple[jax.Array, ...]:
+    def run(*accumulators: Any) -> tuple[Any, ...]:
         for accumulator, (operands, plus) in zip(accumulators, sums, strict=True):
             if plus is not None:
                 accumulator[...] = plus
             for a, b in operands:
                 plgpu.wgmma(accumulator, a, b)
-        if meanwhile is not None:
-            meanwhile()
-        return tuple(accumulator[...] for accumulator in accumulators)
+        extra = () if meanwhile is None else (meanwhile(),)
+        return (*(accumulator[...] for accumulator in accumulators), *extra)
 
     shapes = [(operands[0][0].shape[0], operands[0][1].shape[1]) for operands, _ in sums]
     return pl.run_scoped(run, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes])

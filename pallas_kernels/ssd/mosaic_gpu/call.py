@@ -37,7 +37,8 @@ class Call:
 
     def prepared(self, arrays: Arrays, *names: str) -> Arrays:
         """The named arrays as kernels take them, those that are there, and "tokens"."""
-        prepared = {"tokens": tokens.pack(arrays["delta"], arrays["log_decay"])}
+        saved = "tokens" in arrays
+        prepared = {"tokens": arrays["tokens"] if saved else tokens.pack(arrays["delta"], arrays["log_decay"])}
         for name in names:
             if name in ("x", "dy"):
                 prepared[name] = self.pad_tokens(arrays[name])

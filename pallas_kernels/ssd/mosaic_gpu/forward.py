@@ -169,13 +169,17 @@ class _Block:
                 def _() -> None:
                     plgpu.barrier_arrive(smem["free"].at[lax.rem(i - 1 + p.stages, p.stages)])
 
-            x = blocks.load_operand(x_ref)
-            y = blocks.product((state.astype(dtype), C), meanwhile=release)
+            def weigh() -> tuple[jax.Array, jax.Array]:
+                release()
+                to_end = blocks.load(decays.at[1], blocks.COLUMNS).astype(dtype)
+                x = blocks.load_operand(x_ref)
+                return x, x * blocks.by_column(to_end, CHANNELS)
+
+            y, (x, weighted) = blocks.products(([(state.astype(dtype), C)], None), meanwhile=weigh)
             y = y * blocks.by_column(blocks.load(decays.at[0], blocks.COLUMNS), CHANNELS)
-            weighted = x.astype(jnp.float32) * blocks.by_column(blocks.load(decays.at[1], blocks.COLUMNS), CHANNELS)
             y, state = blocks.products(
                 ([(x, smem["weights"].at[block.warpgroup, place])], y),
-                ([(weighted.astype(dtype), B)], state * decays[0, CHUNK - 1]),
+                ([(weighted, B)], state * decays[0, CHUNK - 1]),
             )
             if D is not None:
                 y = y + x.astype(jnp.float32) * blocks.by_row(D, CHUNK)
