@@ -190,15 +190,19 @@ class _Block:
         def work(head: Any, refs: Refs, carry: None) -> None:
             tokens = refs["tokens"]
             weights = (scores * blocks.finite(blocks.decays(tokens, transpose=True))).astype(self.dtype)
-            from_state, within = blocks.products(
-                ([(smem["B"], blocks.transposed(refs["dstates"]))], None), ([(weights, refs["dy"])], None)
+            from_state, within, (x, decay) = blocks.products(
+                ([(smem["B"], blocks.transposed(refs["dstates"]))], None),
+                ([(weights, refs["dy"])], None),
+                meanwhile=lambda: (
+                    blocks.load_operand(refs["x"]),
+                    jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[0], blocks.ROWS)),
+                ),
             )
-            x = blocks.load(refs["x"])
-            decay = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[0], blocks.ROWS))
-            from_state = from_state * blocks.by_row(decay, CHANNELS)
-            self.put("to_end", head, jnp.sum(x * from_state, axis=1))
+            x = x.astype(jnp.float32)
+            self.put("to_end", head, decay * jnp.sum(x * from_state, axis=1))
             self.put("to_outputs", head, jnp.sum(x * within, axis=1))
-            dx = within + from_state * blocks.by_row(blocks.load(tokens.at[2], blocks.ROWS), CHANNELS)
+            decayed_delta = decay * blocks.load(tokens.at[2], blocks.ROWS)
+            dx = within + from_state * blocks.by_row(decayed_delta, CHANNELS)
             if "D" in gmem:
                 D = blocks.load(gmem["D"].at[head], blocks.COLUMNS)
                 dx = dx + blocks.load(refs["dy"]) * blocks.by_column(D, CHUNK)
