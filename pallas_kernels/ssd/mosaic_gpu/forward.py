@@ -1,7 +1,8 @@
 """Forward kernel of the SSD operator: one walk over the chunks, the states in registers.
 
-Of a block's warpgroups all but the last are walkers, which have a head each. The last one, the maker, loads for all of
-them, computes the product B Cᵀ of a chunk once, and makes of it each head's weights for the chunk that comes next.
+Of a block's warpgroups all but the last two are walkers, which have a head each. Then there is a maker, which computes
+the product B Cᵀ of a chunk once for all of them, and makes of it each head's weights for the chunk that comes next; and a
+loader, which fills what walkers are done with.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks
 from pallas_kernels.ssd.mosaic_gpu.blocks import AHEAD, CHANNELS, CHUNK, Problem
 
-_WALKER_REGISTERS = 200
-"""Of a lane of each of two walkers. One alone has as many as there are."""
-_MAKER_REGISTERS = 104
+_WALKER_REGISTERS = {1: 248, 2: 192}
+"""Of a lane of a walker, by their number."""
+_MAKER_REGISTERS = 96
+_LOADER_REGISTERS = 32
 
 _A_NUMBER_A_LANE = register_tile(
     [(2, CHUNK), (1, LANES), (1, 1)], warp_dims=(-6, -5), lane_dims=(-3,), vector_dim=-1
@@ -68,9 +70,10 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         warpgroup = lax.axis_index("warpgroup")
         pl.when(warpgroup < heads)(block.walk)
         pl.when(warpgroup == heads)(block.make)
+        pl.when(warpgroup == heads + 1)(block.load)
 
     grid = {"part": p.parts, "batch": p.batch, "heads": p.groups * p.blocks_per_group}
-    return launch("ssd", forward, inputs, outputs, scratch, grid, warpgroups=heads + 1)
+    return launch("ssd", forward, inputs, outputs, scratch, grid, warpgroups=heads + 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,34 +84,37 @@ class _Block:
     gmem: Refs
     smem: Refs
 
+    def load(self) -> None:
+        """The loader's work."""
+        plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
+        stages, count = self.p.stages, self.p.chunks_of_part(lax.axis_index("part"))
+        for i in range(stages):
+            pl.when(i < count)(functools.partial(self._load_chunk, i, i))
+
+        def reload(i: Any, carry: None) -> None:
+            slot = lax.rem(i, stages)
+            plgpu.barrier_wait(self.smem["free"].at[slot])
+            self._load_chunk(i + stages, slot)
+
+        lax.fori_loop(0, jnp.maximum(count - stages, 0), reload, None)
+
     def make(self) -> None:
         """The maker's work."""
-        if self.p.warpgroups > 1:
-            plgpu.set_max_registers(_MAKER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(_MAKER_REGISTERS, action="decrease")
         p, smem = self.p, self.smem
-        count = p.chunks_of_part(lax.axis_index("part"))
-        for i in range(p.stages):
-            pl.when(i < count)(functools.partial(self._load, i, i))
         row, column = blocks.coordinates((CHUNK, CHUNK))
-
-        def reload(i: Any) -> None:
-            """Waits until the i-th chunk is done with, and loads another one into its place."""
-            slot = lax.rem(i, p.stages)
-            plgpu.barrier_wait(smem["free"].at[slot])
-            pl.when(i + p.stages < count)(functools.partial(self._load, i + p.stages, slot))
 
         def step(i: Any, carry: None) -> None:
             slot, place = lax.rem(i, p.stages), lax.rem(i, AHEAD)
-            # Weights take the place of those of the chunk that is waited for.
-            finish = functools.partial(pl.when(i >= AHEAD), functools.partial(reload, i - AHEAD))
-            if p.stages == AHEAD:
-                finish()
             plgpu.barrier_wait(smem["shared_full"].at[slot])
             scores = blocks.product((smem["B"].at[slot], blocks.transposed(smem["C"].at[slot])))
             scores = jnp.where(row <= column, scores, 0.0)
 
-            if p.stages > AHEAD:
-                finish()
+            @pl.when(i >= AHEAD)
+            def _() -> None:
+                # These weights take the place of that chunk's.
+                plgpu.barrier_wait(smem["free"].at[lax.rem(i - AHEAD, p.stages)])
+
             for walker in range(p.warpgroups):
                 tokens = smem["tokens"].at[walker, slot]
                 weights = scores * blocks.finite(blocks.decays(tokens, transpose=True))
@@ -117,9 +123,9 @@ class _Block:
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(smem["made"].at[walker * AHEAD + place])
 
-        lax.fori_loop(0, count, step, None)
+        lax.fori_loop(0, p.chunks_of_part(lax.axis_index("part")), step, None)
 
-    def _load(self, i: Any, slot: Any) -> None:
+    def _load_chunk(self, i: Any, slot: Any) -> None:
         """Starts the copies of the part's i-th chunk."""
         p, gmem, smem = self.p, self.gmem, self.smem
         block = p.block(0)
@@ -138,8 +144,7 @@ class _Block:
 
     def walk(self) -> None:
         """A walker's work."""
-        if self.p.warpgroups > 1:
-            plgpu.set_max_registers(_WALKER_REGISTERS, action="increase")
+        plgpu.set_max_registers(_WALKER_REGISTERS[self.p.warpgroups], action="increase")
         p, gmem, smem = self.p, self.gmem, self.smem
         block = p.block()
         count, dtype = p.chunks_of_part(block.part), smem["x"].dtype
