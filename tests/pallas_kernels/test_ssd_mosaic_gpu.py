@@ -323,20 +323,36 @@ def test_gpus_without_matrix_instructions_of_warpgroups_are_named(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 1000, 2048, 4097])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 4097])
 def test_any_length_on_a_gpu(length):
     assert_right(make_inputs(2, length, 6, 64, 128, groups=2), interpret=False)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("state", [1, 16, 64, 100, 128, 192, 256])
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "state"),
+    [
+        (32, 16),
+        (32, 256),
+        (64, 1),
+        (64, 64),
+        (64, 100),
+        (64, 128),
+        (64, 192),
+        (64, 256),
+        (96, 128),
+        (128, 64),
+        (128, 256),
+    ],
+)
 def test_any_size_on_a_gpu(head_dim, state):
     assert_right(make_inputs(1, 200, 5, head_dim, state), interpret=False)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("batch", "length", "heads"), [(4, 192, 80), (8, 192, 24), (1, 4096, 24), (3, 300, 7)])
+@pytest.mark.parametrize(
+    ("batch", "length", "heads"), [(4, 192, 80), (8, 192, 24), (1, 4096, 24), (3, 300, 7), (2, 1000, 1)]
+)
 def test_every_plan_on_a_gpu(batch, length, heads):
     assert_right(make_inputs(batch, length, heads, 64, 128, optional=("D", "delta_bias")), interpret=False)
 

@@ -259,12 +259,12 @@ class _Block:
     def put_across(self, head: Any, refs: Refs) -> None:
         """Writes what the gradient of the state after the chunk makes of the state before it, a number a channel."""
         # Products are rounded to 16 bits, and added up in float32: the sum is over thousands.
-        products = None
-        for first in range(0, self.launch.p.state, blocks.STATE_UNIT):
-            columns = pl.ds(first, blocks.STATE_UNIT)
-            product = blocks.load_operand(refs["states"].at[:, columns]) * blocks.load_operand(refs["dstates"].at[:, columns])
-            products = product if products is None else products + product
-        numbers = jnp.sum(products.astype(jnp.float32), axis=1)
+        columns = [pl.ds(first, blocks.STATE_UNIT) for first in range(0, self.launch.p.state, blocks.STATE_UNIT)]
+        products = [
+            blocks.load_operand(refs["states"].at[:, some]) * blocks.load_operand(refs["dstates"].at[:, some])
+            for some in columns
+        ]
+        numbers = jnp.sum(functools.reduce(jnp.add, products).astype(jnp.float32), axis=1)
         self.put("across", head, numbers)
 
     def put_dD(self, head: Any, refs: Refs) -> None:

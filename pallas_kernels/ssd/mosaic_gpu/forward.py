@@ -1,8 +1,8 @@
 """Forward kernel of the SSD operator: one walk over the chunks, the states in registers.
 
-Of a block's warpgroups all but the last two are walkers, which have a head each. Then there is a maker, which computes
-the product B Cᵀ of a chunk once for all of them, and makes of it each head's weights for the chunk that comes next; and a
-loader, which fills what walkers are done with.
+Of a block's warpgroups all but the last two are walkers, which have a head each. Then there is a maker: it computes the
+product B Cᵀ of a chunk once for all of them, and makes of it each head's weights for the chunk that comes next. The last
+one is the loader, which fills what walkers are done with.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks
 from pallas_kernels.ssd.mosaic_gpu.blocks import AHEAD, CHANNELS, CHUNK, Problem
 
-_WALKER_REGISTERS = {1: 248, 2: 192}
+_WALKER_REGISTERS = {1: 256, 2: 192}
 """Of a lane of a walker, by their number."""
 _MAKER_REGISTERS = 96
 _LOADER_REGISTERS = 32
 
-_A_NUMBER_A_LANE = register_tile(
-    [(2, CHUNK), (1, LANES), (1, 1)], warp_dims=(-6, -5), lane_dims=(-3,), vector_dim=-1
-)
+_A_NUMBER_A_LANE = register_tile([(2, CHUNK), (1, LANES), (1, 1)], warp_dims=(-6, -5), lane_dims=(-3,), vector_dim=-1)
 assert 2 * CHUNK == WARPS * LANES
 
 
@@ -160,11 +158,10 @@ class _Block:
         # Tokens are columns here, so that the state, as it leaves a matrix instruction, is ready to enter the next.
         def step(i: Any, state: jax.Array) -> jax.Array:
             slot, place = lax.rem(i, p.stages), lax.rem(i, AHEAD)
-            x_ref, decays = blocks.transposed(smem["x"].at[block.warpgroup, slot]), smem["decays"].at[block.warpgroup, place]
+            x_ref = blocks.transposed(smem["x"].at[block.warpgroup, slot])
+            decays = smem["decays"].at[block.warpgroup, place]
             B, C = smem["B"].at[slot], blocks.transposed(smem["C"].at[slot])
             plgpu.barrier_wait(smem["shared_full"].at[slot])
-            plgpu.barrier_wait(smem["x_full"].at[slot])
-            plgpu.barrier_wait(smem["made"].at[block.warpgroup * AHEAD + place])
 
             def release() -> None:
                 # Copies out of the chunk before.
@@ -176,6 +173,8 @@ class _Block:
 
             def weigh() -> tuple[jax.Array, jax.Array]:
                 release()
+                plgpu.barrier_wait(smem["x_full"].at[slot])
+                plgpu.barrier_wait(smem["made"].at[block.warpgroup * AHEAD + place])
                 to_end = blocks.load(decays.at[1], blocks.COLUMNS).astype(dtype)
                 x = blocks.load_operand(x_ref)
                 return x, x * blocks.by_column(to_end, CHANNELS)
