@@ -1,8 +1,8 @@
 """Forward kernel of the SSD operator: one walk over the chunks, the states in registers.
 
-Of a block's warpgroups all but the last two are walkers, which have a head each. Then there is a maker: it computes the
-product B Cᵀ of a chunk once for all of them, and makes of it each head's weights for the chunk that comes next. The last
-one is the loader, which fills what walkers are done with.
+Of a block's warpgroups all but the last two are walkers, which have a head each. Then there is a maker: it computes
+the product B Cᵀ of a chunk once for all heads, and makes of it each one's weights for the chunk that comes next. The
+last one is the loader, which fills what walkers are done with.
 """
 
 from __future__ import annotations
