@@ -48,7 +48,7 @@ def choose(batch: int, chunks: int, heads: int, groups: int, state: int) -> Plan
         forward=forward,
         states=states,
         parts=parts,
-        stages=max(1, min(3, members, (_SHARED_MEMORY - fixed) // slots)),
+        stages=max(1, min(2, members, (_SHARED_MEMORY - fixed) // slots)),
         splits=_splits(batch * chunks * groups, members),
     )
 
