@@ -149,9 +149,9 @@ def use_plan(monkeypatch):
         ((1, 70, 2, 64, 64), {}),
         ((1, 20, 4, 32, 16), {"groups": 2, "optional": ("D",)}),
         ((2, 1, 8, 16, 16), {"optional": ("initial_state", "delta_bias")}),
-        ((1, 64, 1, 80, 130), {"optional": ()}),
+        ((1, 64, 1, 80, 130), {"optional": ("initial_state",)}),
     ],
-    ids=["all features", "two groups", "one token", "bare, wide"],
+    ids=["all features", "two groups", "one token", "wide"],
 )
 def test_interpreted_kernels_compute_the_definition_and_its_gradient(dims, options):
     assert_right(make_inputs(*dims, **options))
