@@ -37,7 +37,8 @@ class Call:
 
     def prepared(self, arrays: Arrays, *names: str) -> Arrays:
         """The named arrays as kernels take them, those that are there, and "tokens"."""
-        prepared = {"tokens": tokens.pack(arrays["delta"], arrays["log_decay"])}
+        saved = "tokens" in arrays
+        prepared = {"tokens": arrays["tokens"] if saved else tokens.pack(arrays["delta"], arrays["log_decay"])}
         for name in names:
             if name in ("x", "dy"):
                 prepared[name] = self.pad_tokens(arrays[name])
@@ -58,7 +59,7 @@ class Call:
         ends = states.scan(walk, inputs, reverse=reverse, save=False)["end"]
         if outside is None:
             outside = jnp.zeros_like(ends[:, 0])
-        totals = inputs["tokens"][:, : self.heads, :, 0, -1]
+        totals = _pad(inputs["tokens"][:, : self.heads, :, 0, -1], 2, self.plan.parts * walk.chunks_per_part)
         log_decay = jnp.sum(totals.reshape(self.batch, self.heads, self.plan.parts, walk.chunks_per_part), axis=-1)
         log_decay = jnp.swapaxes(jnp.repeat(log_decay, self.pieces, axis=1), 1, 2)
         return {"start": parts.starts(ends, outside, log_decay, reverse=reverse)}
