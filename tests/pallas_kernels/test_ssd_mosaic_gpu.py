@@ -149,7 +149,7 @@ def use_plan(monkeypatch):
         ((1, 70, 2, 64, 64), {}),
         ((1, 20, 4, 32, 16), {"groups": 2, "optional": ("D",)}),
         ((2, 1, 8, 16, 16), {"optional": ("initial_state", "delta_bias")}),
-        ((1, 64, 1, 80, 130), {"optional": ("initial_state",)}),
+        ((1, 64, 1, 80, 130), {"optional": ("initial_state",), "rates": (-6, -4)}),
     ],
     ids=["all features", "two groups", "one token", "wide"],
 )
