@@ -22,7 +22,9 @@ CHANNELS = 64
 STATE_UNIT = 64
 """Sizes of the state are multiples of this: a row of swizzled shared memory in 16-bit numbers."""
 TOKEN_ROWS = 3
-"""Numbers of a head and token in "tokens"; see ``tokens.pack``."""
+"""Numbers of a head and token in "tokens", see ``tokens.pack``; own weights are one more."""
+OWN_WEIGHT = TOKEN_ROWS
+"""The row of own weights."""
 
 LAYOUT = plgpu.Layout.WGMMA
 """Registers of a matrix: 16 rows a warp, as matrix instructions leave their results."""
@@ -50,7 +52,7 @@ class Problem:
 
     The kernels' inputs are, in 16 bits: "x" and "dy", (batch, length, heads · CHANNELS); "B" and "C", (batch, length,
     groups · state); "states" and "dstates", (batch, heads, chunks, CHANNELS, state), a state before and a gradient
-    after each chunk. In float32: "tokens", (batch, heads / pieces, chunks, TOKEN_ROWS, CHUNK), or with more heads; "D",
+    after each chunk. In float32: "tokens", (batch, heads / pieces, chunks, token_rows, CHUNK), or with more heads; "D",
     (heads, CHANNELS); perhaps "start", (batch, parts, heads, CHANNELS, state), what a walk begins with, or else zeros.
     The length is a whole number of chunks.
     """
@@ -68,6 +70,14 @@ class Problem:
     """Chunks in shared memory at once, one in use and the others on their way."""
     parts: int
     """Pieces that the length is cut into, which run at the same time; they divide the chunks."""
+    rank: int = 1
+    """Rows of a chunk that are one token, the inputs and outputs of which see each other; it divides the chunk."""
+    own_weights: bool = False
+    """Whether a token's input enters the token's own output with a weight of its own."""
+
+    @property
+    def token_rows(self) -> int:
+        return TOKEN_ROWS + self.own_weights
 
     @property
     def chunks_per_part(self) -> int:
@@ -123,7 +133,7 @@ class Problem:
         return {
             **{name: operand(self.stages, CHUNK, self.state, dtype=dtype) for name in matrices},
             signal: operand(*per_head, CHUNK, CHANNELS, dtype=dtype),
-            "tokens": plgpu.SMEM((*per_head, TOKEN_ROWS, CHUNK), jnp.float32),
+            "tokens": plgpu.SMEM((*per_head, self.token_rows, CHUNK), jnp.float32),
             "full": plgpu.Barrier(num_arrivals=len(matrices) + 2 * self.warpgroups, num_barriers=self.stages),
             "free": plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=self.stages),
         }
@@ -280,17 +290,21 @@ def by_column(numbers: jax.Array, rows: int) -> jax.Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(numbers, (rows, numbers.shape[0]), (1,)), LAYOUT)
 
 
-def decays(tokens: Any, *, transpose: bool = False) -> jax.Array:
+def decays(tokens: Any, *, transpose: bool = False, rank: int = 1) -> jax.Array:
     """What is left at the row's token of what the column's token added; where that comes later, whatever: infinite too.
 
     Args:
-        tokens: reference to a head's numbers in a chunk.
+        tokens: reference to a head's numbers in a chunk, own weights among them or not.
         transpose: whether rows and columns change places.
+        rank: rows that are one token.
     """
     here, there = (COLUMNS, ROWS) if transpose else (ROWS, COLUMNS)
     here_by, there_by = (by_column, by_row) if transpose else (by_row, by_column)
     exponent = here_by(load(tokens.at[0], here), CHUNK) - there_by(load(tokens.at[1], there), CHUNK)
-    return jnp.exp2(exponent)
+    if tokens.shape[0] == TOKEN_ROWS:
+        return jnp.exp2(exponent)
+    row, column = token_coordinates(rank)
+    return jnp.where(row == column, there_by(load(tokens.at[OWN_WEIGHT], there), CHUNK), jnp.exp2(exponent))
 
 
 def finite(decays: jax.Array) -> jax.Array:
@@ -302,3 +316,11 @@ def coordinates(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Row and column of every number of a matrix."""
     row, column = (plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=LAYOUT) for dim in (0, 1))
     return row, column
+
+
+def token_coordinates(rank: int) -> tuple[jax.Array, jax.Array]:
+    """Token of the row and of the column of every number of a chunk's attention, counted within the chunk."""
+    row, column = coordinates((CHUNK, CHUNK))
+    # Powers of two: shifts, where a division would be many instructions.
+    shift = rank.bit_length() - 1
+    return row >> shift, column >> shift

@@ -20,7 +20,8 @@ class Call:
     kernels' state is padded with zeros.
     """
 
-    def __init__(self, arrays: Arrays, chosen: Plan | None = None) -> None:
+    def __init__(self, arrays: Arrays, chosen: Plan | None = None, *, rank: int = 1) -> None:
+        self.rank, self.own_weights = rank, "own_weight" in arrays
         self.batch, self.length, self.heads, self.head_dim = arrays["x"].shape
         self.groups, self.state = arrays["B"].shape[2:]
         self.pieces = math.ceil(self.head_dim / CHANNELS)
@@ -33,11 +34,11 @@ class Call:
         """The problem as cut for a kernel with these warpgroups and stages."""
         heads = self.heads * self.pieces
         sizes = self.batch, self.chunks, heads, self.pieces, self.groups, self.padded_state
-        return Problem(*sizes, *walk, self.plan.parts)
+        return Problem(*sizes, *walk, self.plan.parts, self.rank, self.own_weights)
 
     def prepared(self, arrays: Arrays, *names: str) -> Arrays:
         """The named arrays as kernels take them, those that are there, and "tokens"."""
-        prepared = {"tokens": tokens.pack(arrays["delta"], arrays["log_decay"])}
+        prepared = {"tokens": tokens.pack(arrays["delta"], arrays["log_decay"], arrays.get("own_weight"))}
         for name in names:
             if name in ("x", "dy"):
                 prepared[name] = self.pad_tokens(arrays[name])
