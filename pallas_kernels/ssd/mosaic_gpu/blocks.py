@@ -74,6 +74,20 @@ class Problem:
     """Rows of a chunk that are one token, the inputs and outputs of which see each other; it divides the chunk."""
     own_weights: bool = False
     """Whether a token's input enters the token's own output with a weight of its own."""
+    pairs: int = 0
+    """Angles of a head and token in "angles", 16-bit integers, (batch, heads / pieces, chunks, CHUNK, pairs): where there
+    are some, kernels make B and C of every group out of what they load; see ``turning``."""
+    shared_by: int = 1
+    """Groups in a row whose B and C are the same as they are loaded."""
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Inputs of numbers by head and token."""
+        return ("tokens", "angles") if self.pairs else ("tokens",)
+
+    def matrix_columns(self, group: Any) -> Any:
+        """Where the states of a group's B and C are in memory."""
+        return pl.ds(group // self.shared_by * self.state, self.state)
 
     @property
     def token_rows(self) -> int:
@@ -130,11 +144,14 @@ class Problem:
     def walk_buffers(self, matrices: Sequence[str], signal: str, dtype: Any) -> dict[str, Any]:
         """Shared memory and barriers of ``walk``."""
         per_head = (self.warpgroups, self.stages)
+        angles = {"angles": plgpu.SMEM((*per_head, CHUNK, self.pairs), jnp.int16)} if self.pairs else {}
+        arrivals = len(matrices) + (1 + len(self.numbers)) * self.warpgroups
         return {
             **{name: operand(self.stages, CHUNK, self.state, dtype=dtype) for name in matrices},
+            **angles,
             signal: operand(*per_head, CHUNK, CHANNELS, dtype=dtype),
             "tokens": plgpu.SMEM((*per_head, self.token_rows, CHUNK), jnp.float32),
-            "full": plgpu.Barrier(num_arrivals=len(matrices) + 2 * self.warpgroups, num_barriers=self.stages),
+            "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.stages),
             "free": plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=self.stages),
         }
 
@@ -172,7 +189,7 @@ class Problem:
         def load(i: Any, slot: Any) -> None:
             rows, full = chunk_rows(chunk(i)), smem["full"].at[slot]
             for name in matrices:
-                columns = pl.ds(block.group * self.state, self.state)
+                columns = self.matrix_columns(block.group)
                 plgpu.copy_gmem_to_smem(gmem[name].at[block.batch, rows, columns], smem[name].at[slot], full)
             for warpgroup in range(self.warpgroups):
                 # The leader is warpgroup 0, so this is each one's head.
@@ -180,8 +197,9 @@ class Problem:
                 head = jnp.minimum(block.head + warpgroup, last)
                 source = gmem[signal].at[block.batch, rows, head_channels(head)]
                 plgpu.copy_gmem_to_smem(source, smem[signal].at[warpgroup, slot], full)
-                source = gmem["tokens"].at[block.batch, self.token_head(head), chunk(i)]
-                plgpu.copy_gmem_to_smem(source, smem["tokens"].at[warpgroup, slot], full)
+                for name in self.numbers:
+                    source = gmem[name].at[block.batch, self.token_head(head), chunk(i)]
+                    plgpu.copy_gmem_to_smem(source, smem[name].at[warpgroup, slot], full)
 
         is_leader = block.warpgroup == 0
 
@@ -209,7 +227,7 @@ class Problem:
 
             plgpu.barrier_wait(smem["full"].at[slot])
             refs = {name: smem[name].at[slot] for name in matrices}
-            refs |= {name: smem[name].at[block.warpgroup, slot] for name in (signal, "tokens")}
+            refs |= {name: smem[name].at[block.warpgroup, slot] for name in (signal, *self.numbers)}
             return step(chunk(i), refs, release, carry)
 
         carry = lax.fori_loop(0, count, walk_chunk, carry)

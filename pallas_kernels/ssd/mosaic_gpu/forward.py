@@ -43,7 +43,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         weights = smem["weights"].at[block.warpgroup]
         D = blocks.load(gmem["D"].at[block.head], blocks.ROWS) if "D" in gmem else None
 
-        row, column = blocks.token_coordinates(p.rank)
+        row, column = blocks.coordinates((CHUNK, CHUNK))
         store(smem["causal"], jnp.where(row <= column, 1.0, 0.0).astype(dtype))
         plgpu.commit_smem()
 
@@ -57,7 +57,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 store(buffer, state.astype(dtype))
 
-            scores = blocks.product((B, C)) * blocks.finite(blocks.decays(tokens, transpose=True, rank=p.rank))
+            scores = blocks.product((B, C)) * blocks.finite(blocks.decays(tokens, transpose=True))
             store(weights, scores.astype(dtype) * blocks.load_operand(smem["causal"]))
             # Of the chunk before.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -8,7 +8,7 @@ from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, TOKEN_ROWS
 
 _MULTIPROCESSORS = 132
 """Of an H100 or H200. Others are not far from it, and a plan for the wrong number is only somewhat slower."""
-_SHARED_MEMORY = 227 * 1024 - 2048
+SHARED_MEMORY = 227 * 1024 - 2048
 """Bytes of a block, less what barriers and reductions may take."""
 _TOKENS = (TOKEN_ROWS + 1) * CHUNK * 4
 """Of the numbers of a head's tokens in a chunk, own weights included."""
@@ -49,7 +49,7 @@ def choose(batch: int, chunks: int, heads: int, groups: int, state: int) -> Plan
         forward=forward,
         states=states,
         parts=_parts(batch * heads, chunks),
-        stages=max(1, min(3, members, (_SHARED_MEMORY - fixed) // slots)),
+        stages=max(1, min(3, members, (SHARED_MEMORY - fixed) // slots)),
         splits=_splits(batch * chunks * groups, members),
     )
 
@@ -73,7 +73,7 @@ def _walk(units: int, members: int, state: int, *, matrices: int, squares: int, 
         for stages in (3, 2):
             shared = stages * matrices * CHUNK * state * 2 + masks * square
             each = stages * (square + _TOKENS) + CHANNELS * state * 2 + squares * square
-            if shared + warpgroups * each <= _SHARED_MEMORY:
+            if shared + warpgroups * each <= SHARED_MEMORY:
                 return warpgroups, stages
     raise ValueError(f"no plan for a state of {state}")
 

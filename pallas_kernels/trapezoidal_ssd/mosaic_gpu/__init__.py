@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from pallas_kernels.batching import Arrays, batch_by_folding
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.ssd import mosaic_gpu as ssd_kernels
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK
+from pallas_kernels.ssd.mosaic_gpu import slopes, states
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK
 from pallas_kernels.ssd.mosaic_gpu.call import Call
 from pallas_kernels.trapezoidal_ssd import ranks, weights
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
-from pallas_kernels.trapezoidal_ssd.mosaic_gpu import turning
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles, backward, forward, plan, turning
 
 _PARAMETERS = ("D", "B_bias", "C_bias")
 
@@ -113,7 +114,7 @@ def _scan(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
 
 def _scan_forward(arrays: Arrays) -> tuple[tuple[jax.Array, jax.Array], tuple[Arrays, Arrays]]:
     results = _forward(True)(arrays)
-    saved = {name: results[name] for name in ("states", "final_state")}
+    saved = {name: results[name] for name in ("states", "end")}
     return (results["y"], results["final_state"]), (arrays, saved)
 
 
@@ -147,43 +148,102 @@ def _backward(arrays: Arrays) -> Arrays:
 
 
 def forward_pass(arrays: Arrays, *, save_states: bool) -> Arrays:
-    """Returns "y" and "final_state", and what the backward pass will want of "states"."""
-    angle = turning.angles(arrays["step_size"], arrays["theta"], turning.tokens_per_chunk(arrays))
-    turned = turning.turned(arrays, angle)
-    turned = arrays | {name: matrix.astype(arrays[name].dtype) for name, matrix in turned.items()}
-    results = ssd_kernels.forward_pass(_call(turned), turned, save_states=save_states)
-    return results | {"final_state": turning.turn_states(results["final_state"], -angle[:, -1])}
+    """Returns "y" and "final_state", and what the backward pass will want of "states" and "end"."""
+    made = _kernel_arrays(arrays)
+    call = _call(made, arrays)
+    inputs = _prepared(call, made, "x", "B", "C", "D")
+    inputs |= call.starts(inputs, made["initial_state"], reverse=False)
+    results = forward.scan(call.problem(call.plan.forward), inputs, save_states=save_states)
+    end = results["end"][:, -1]
+    turned_back = turning.turn_states(call.trim_state(end), _last_angles(call, made), back=True)
+    trimmed = {
+        "y": call.trim_tokens(results["y"], arrays["x"]),
+        "final_state": turning.trim_halves(turned_back, arrays["B"].shape[-1]),
+    }
+    if save_states:
+        trimmed |= {"states": results["states"], "end": end}
+    return trimmed
 
 
 def backward_pass(arrays: Arrays) -> Arrays:
     """Returns gradients by the names of their arrays, those of parameters one an element of the batch."""
-    tokens = turning.tokens_per_chunk(arrays)
-    angle = turning.angles(arrays["step_size"], arrays["theta"], tokens)
-    matrices = {name: arrays[name] for name in ("B", "C", "B_bias", "C_bias") if name in arrays}
-    for name in ("B_bias", "C_bias"):
-        if name in arrays:
-            matrices[name] = jnp.broadcast_to(arrays[name], (arrays["x"].shape[0], 1, *arrays[name].shape))
-    turned, vjp = jax.vjp(turning.turned, matrices, angle)
-    turned_arrays = arrays | {name: matrix.astype(arrays[name].dtype) for name, matrix in turned.items()}
-    turned_arrays["dfinal_state"] = turning.turn_states(arrays["dfinal_state"], angle[:, -1])
-    call = _call(turned_arrays)
-    gradients = ssd_kernels.backward_pass(call, turned_arrays)
-    of_matrices, dangle = vjp({name: gradients[name] for name in ("B", "C")})
-    for name in ("B_bias", "C_bias"):
-        if name in arrays:
-            of_matrices[name] = of_matrices[name][:, 0]
-    final_state = call.pad_state(turning.turn_states(arrays["final_state"], angle[:, -1]))
-    turns = turning.turn_gradients(
-        arrays["states"], gradients.pop("dstates"), final_state, call.pieces, arrays["B"].shape[-1], angle.shape[-1]
-    )
-    dincrements = turning.increment_gradients(dangle, turns, tokens)
+    made = _kernel_arrays(arrays)
+    call = _call(made, arrays)
+    inputs = _prepared(call, made | {"dy": arrays["dy"]}, "x", "dy", "B", "C", "D")
+    dfinal_state = turning.turn_states(turning.pad_halves(arrays["dfinal_state"]), _last_angles(call, made))
+    start = call.starts(inputs, dfinal_state, reverse=True)
+    walk = call.problem(call.plan.states)
+    walked = states.scan(walk, inputs | start, reverse=True, save=True)
+    inputs |= {"states": arrays["states"], "dstates": walked["states"]}
+    results = backward.scan(walk, inputs, splits=call.plan.splits, stages=call.plan.stages)
+    found = slopes.Slopes(*(call.by_head(results[name]) for name in slopes.Slopes._fields))
+    numbers = slopes.gradients(found, inputs["tokens"][:, : call.heads])
+    state = arrays["B"].shape[-1]
+    gradients = {
+        "x": call.trim_tokens(results["dx"], arrays["x"]),
+        **{name: call.trim_numbers(gradient) for name, gradient in numbers.items()},
+        "initial_state": turning.trim_halves(call.trim_state(walked["end"][:, 0]), state),
+        **_angle_gradients(call, arrays, results["dangles"], walked["states"]),
+    }
+    if "D" in arrays:
+        gradients["D"] = call.trim_channels(jnp.sum(results["dD"], axis=1).reshape(call.batch, -1))
+    for name in ("B", "C"):
+        groups, rows = arrays[name].shape[2:4]
+        by_head = results[f"d{name}"].reshape(call.batch, -1, rows, groups, call.heads // groups, call.pieces, call.state)
+        by_head = turning.trim_halves(by_head[:, : arrays[name].shape[1]].astype(jnp.float32), state)
+        gradients[name] = jnp.swapaxes(jnp.sum(by_head, axis=(4, 5)), 2, 3)
+        if f"{name}_bias" in arrays:
+            of_bias = jnp.sum(by_head, axis=(1, 5)).reshape(call.batch, rows, call.heads, state)
+            gradients[f"{name}_bias"] = jnp.swapaxes(of_bias, 1, 2)
+    return gradients
+
+
+def _angle_gradients(call: Call, arrays: Arrays, dangles: jax.Array, dstates: jax.Array) -> Arrays:
+    """Gradients of "step_size" and "theta"."""
+    turns = turning.turn_gradients(arrays["states"], dstates, arrays["end"], dangles.shape[-1])
+    tokens = CHUNK // call.rank
+    turns = jnp.sum(turns.reshape(call.batch, call.heads, call.pieces, call.chunks, -1), axis=2)
+    by_token = dangles.reshape(call.batch, call.heads, call.pieces, call.chunks, tokens, call.rank, -1)
+    increments = turning.increment_gradients(jnp.sum(by_token, axis=(2, 5)), turns)
+    length, pairs = arrays["theta"].shape[1:]
+    increments = increments.reshape(call.batch, call.heads, -1, increments.shape[-1])[:, :, :length, :pairs]
+    step_size = jnp.swapaxes(arrays["step_size"], 1, 2)
     return {
-        **gradients,
-        **of_matrices,
-        "step_size": turning.product("blhp,blp->blh", dincrements, arrays["theta"]),
-        "theta": turning.product("blhp,blh->blp", dincrements, arrays["step_size"]),
+        "step_size": jnp.swapaxes(jnp.sum(increments * arrays["theta"][:, None], axis=-1), 1, 2),
+        "theta": jnp.sum(increments * step_size[..., None], axis=1),
     }
 
 
-def _call(arrays: Arrays) -> Call:
-    return Call(arrays, rank=arrays["x"].shape[1] // arrays["theta"].shape[1])
+def _kernel_arrays(arrays: Arrays) -> Arrays:
+    """The arrays as ``Call`` takes them: with angles, the kernels' state, and rows in the place of ranks."""
+    rank = arrays["B"].shape[3]
+    sums = angles.sums(arrays["step_size"], arrays["theta"], CHUNK // rank)
+    made = arrays | {
+        "angles": jnp.repeat(sums, rank, axis=3),
+        "initial_state": turning.pad_halves(arrays["initial_state"]),
+    }
+    for name in ("B", "C"):
+        made[name] = turning.pad_halves(_as_tokens(arrays[name]))
+        if f"{name}_bias" in arrays:
+            bias = turning.pad_halves(arrays[f"{name}_bias"])
+            made[f"{name}_bias"] = bias[:, 0] if rank == 1 else jnp.tile(bias, (1, CHUNK // rank, 1))
+    return made
+
+
+def _prepared(call: Call, made: Arrays, *names: str) -> Arrays:
+    """``Call.prepared``, and what these kernels need besides."""
+    turns = {name: made[name] for name in ("angles", "B_bias", "C_bias") if name in made}
+    return call.prepared(made, *names) | turns
+
+
+def _last_angles(call: Call, made: Arrays) -> jax.Array:
+    """The angles at the end of the sequence, by which the kernels' final state is turned."""
+    return turning.angles_at_end(made["angles"], call.length - 1)
+
+
+def _call(made: Arrays, arrays: Arrays) -> Call:
+    batch, length, heads, head_dim = made["x"].shape
+    groups, state = made["B"].shape[2:]
+    pieces, chunks = -(-head_dim // CHANNELS), -(-length // CHUNK)
+    chosen = plan.choose(batch, chunks, heads * pieces, groups, state)
+    return Call(made, chosen, rank=arrays["B"].shape[3])

@@ -4,109 +4,93 @@ In the kernels' view the state after token t is turned by the sum of all angles 
 gradients do not come of that view: a sum over all later tokens of terms that nearly cancel drowns in rounding. The
 gradient of an angle is made of what passes through its token instead: from the tokens of its chunk, and, for all later
 chunks at once, from the state after its chunk.
+
+Pairs are n and n + half of the kernels' state: each half of the operator's is padded to a multiple of 32.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int16
 
-from pallas_kernels.batching import Arrays
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK
-from pallas_kernels.trapezoidal_ssd.rotation import cumulative_angle, rotate, turn_by
+from pallas_kernels.ssd.mosaic_gpu.blocks import STATE_UNIT
+from pallas_kernels.ssd.mosaic_gpu.turning import FULL_TURN
+from pallas_kernels.trapezoidal_ssd.rotation import rotate, turn_by
 
-
-def tokens_per_chunk(arrays: Arrays) -> int:
-    """Tokens of a chunk of the kernels, given inputs with several rows a token."""
-    return CHUNK * arrays["theta"].shape[1] // arrays["x"].shape[1]
+_HALF_UNIT = STATE_UNIT // 2
 
 
-def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """An einsum in float32."""
-    return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
+def padded_state(state: int) -> int:
+    """Size of the kernels' state."""
+    half = state - state // 2
+    return 2 * (-(-half // _HALF_UNIT) * _HALF_UNIT)
 
 
-def angles(
-    step_size: Float[Array, "batch length heads"], theta: Float[Array, "batch length pairs"], tokens: int
-) -> Float[Array, "batch length heads pairs"]:
-    """Returns the angle from the start of the sequence to each token and with it, in half-turns.
-
-    Within chunks of ``tokens`` they are added up by a matrix product, the way that XLA has one kernel for; over the
-    chunks as numbers that wrap.
-    """
-    batch, length, heads = step_size.shape
-    increments = step_size[..., None] * theta[:, :, None]
-    cut = _cut(increments - 2 * jnp.round(increments / 2), tokens)
-    within = product("ts,bcshp->bcthp", jnp.tril(jnp.ones((tokens, tokens))), cut)
-    ends = cumulative_angle(within[:, :, -1])
-    starts = jnp.pad(ends[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
-    return (within + starts[:, :, None]).reshape(batch, -1, heads, theta.shape[2])[:, :length]
+def pad_halves(array: Float[Array, "*dims state"]) -> Float[Array, "*dims padded_state"]:
+    """Gives an array the kernels' state."""
+    state, wanted = array.shape[-1], padded_state(array.shape[-1])
+    if state == wanted:
+        return array
+    halves = [
+        jnp.pad(half, [(0, 0)] * (array.ndim - 1) + [(0, wanted // 2 - half.shape[-1])])
+        for half in (array[..., : state // 2], array[..., state // 2 :])
+    ]
+    return jnp.concatenate(halves, axis=-1)
 
 
-def turned(arrays: Arrays, angle: Float[Array, "batch length heads pairs"]) -> Arrays:
-    """Returns "B" and "C" of every head, (batch, length · rows, heads, state): with bias, turned, rounded."""
-    turn = turn_by(angle[:, :, None])
-    results = {}
-    for name in ("B", "C"):
-        matrix, bias = arrays[name], arrays.get(f"{name}_bias")
-        batch, length, groups, rows, state = matrix.shape
-        by_head = jnp.repeat(jnp.swapaxes(matrix, 2, 3), angle.shape[2] // groups, axis=3).astype(jnp.float32)
-        if bias is not None:
-            by_head = by_head + jnp.swapaxes(bias, -3, -2)
-        # In float32, for gradients that have not been rounded; the kernels' numbers nevertheless.
-        results[name] = rotate(by_head, turn, matrix.dtype).reshape(batch, length * rows, -1, state)
-    return results
+def trim_halves(array: Float[Array, "*dims padded_state"], state: int) -> Float[Array, "*dims state"]:
+    """Undoes ``pad_halves``."""
+    if array.shape[-1] == state:
+        return array
+    second = array.shape[-1] // 2
+    return jnp.concatenate([array[..., : state // 2], array[..., second : second + state - state // 2]], axis=-1)
 
 
 def turn_states(
-    states: Float[Array, "batch heads head_dim state"], angle: Float[Array, "batch heads pairs"]
-) -> Float[Array, "batch heads head_dim state"]:
-    """Turns states, or their gradients, by an angle a pair."""
-    return rotate(states, turn_by(angle[:, :, None]))
+    states: Float[Array, "batch heads head_dim padded_state"],
+    angles: Int16[Array, "batch padded_heads pairs"],
+    *,
+    back: bool = False,
+) -> Float[Array, "batch heads head_dim padded_state"]:
+    """Turns states, or their gradients, from the operator's view into the kernels', or back."""
+    angle = angles[:, : states.shape[1], None].astype(jnp.float32) * (2 / FULL_TURN)
+    return rotate(states, turn_by(-angle if back else angle))
+
+
+def angles_at_end(angles: Int16[Array, "batch padded_heads chunks rows pairs"], last: int) -> Int16[Array, "..."]:
+    """The angles of row number ``last`` of the sequence."""
+    return angles[:, :, last // angles.shape[3], last % angles.shape[3]]
 
 
 def turn_gradients(
     states: Float[Array, "batch pieces chunks 64 padded_state"],
     dstates: Float[Array, "batch pieces chunks 64 padded_state"],
-    final_state: Float[Array, "batch pieces 64 padded_state"],
-    pieces: int,
-    state: int,
+    end: Float[Array, "batch pieces 64 padded_state"],
     pairs: int,
-) -> Float[Array, "batch chunks heads pairs"]:
+) -> Float[Array, "batch pieces chunks pairs"]:
     """Returns the gradient of an angle by which what comes after a chunk is turned against what comes before.
 
     Args:
-        states: state before each chunk.
+        states: state before each chunk, of some of a head's channels.
         dstates: gradient of the state after each chunk.
-        final_state: state after the last one.
-        pieces: of a head, each with some of its channels.
-        state: components of the state without padding.
+        end: state after the last one.
         pairs: of components that rotate.
     """
-    after = jnp.concatenate([states[:, :, 1:], final_state[:, :, None].astype(states.dtype)], axis=2)
-    first, second = slice(pairs), slice(state // 2, state // 2 + pairs)
+    after = jnp.concatenate([states[:, :, 1:], end[:, :, None].astype(states.dtype)], axis=2)
+    half = states.shape[-1] // 2
+    first, second = slice(pairs), slice(half, half + pairs)
 
     def along(gradient: slice, component: slice) -> jax.Array:
         return jnp.sum(dstates[..., gradient].astype(jnp.float32) * after[..., component].astype(jnp.float32), axis=3)
 
-    of_pieces = along(first, second) - along(second, first)
-    by_head = jnp.sum(of_pieces.reshape(of_pieces.shape[0], -1, pieces, *of_pieces.shape[2:]), axis=2)
-    return jnp.pi * jnp.swapaxes(by_head, 1, 2)
+    return jnp.pi * (along(first, second) - along(second, first))
 
 
 def increment_gradients(
-    dangle: Float[Array, "batch length heads pairs"], turns: Float[Array, "batch chunks heads pairs"], tokens: int
-) -> Float[Array, "batch length heads pairs"]:
+    dangles: Float[Array, "batch heads chunks tokens pairs"], turns: Float[Array, "batch heads chunks pairs"]
+) -> Float[Array, "batch heads chunks tokens pairs"]:
     """Returns the gradients of each token's angle, given those of the sums up to each token of what its chunk sees."""
-    batch, length, heads, pairs = dangle.shape
-    later = product("ts,bcshp->bcthp", jnp.triu(jnp.ones((tokens, tokens))), _cut(dangle, tokens))
-    return (later + turns[:, :, None]).reshape(batch, -1, heads, pairs)[:, :length]
-
-
-def _cut(array: jax.Array, tokens: int) -> jax.Array:
-    """(batch, length, …) to (batch, chunks, tokens, …)."""
-    chunks = -(-array.shape[1] // tokens)
-    padding = [(0, 0)] * array.ndim
-    padding[1] = (0, chunks * tokens - array.shape[1])
-    return jnp.pad(array, padding).reshape(array.shape[0], chunks, tokens, *array.shape[2:])
+    up_to = jnp.triu(jnp.ones((dangles.shape[3], dangles.shape[3]), jnp.float32))
+    later = jnp.einsum("ts,bhcsp->bhctp", up_to, dangles, precision=jax.lax.Precision.HIGHEST)
+    return later + turns[:, :, :, None]
