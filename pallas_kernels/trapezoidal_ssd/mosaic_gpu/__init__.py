@@ -203,8 +203,9 @@ def _angle_gradients(call: Call, arrays: Arrays, dangles: jax.Array, dstates: ja
     turns = turning.turn_gradients(arrays["states"], dstates, arrays["end"], dangles.shape[-1])
     tokens = CHUNK // call.rank
     turns = jnp.sum(turns.reshape(call.batch, call.heads, call.pieces, call.chunks, -1), axis=2)
-    by_token = dangles.reshape(call.batch, call.heads, call.pieces, call.chunks, tokens, call.rank, -1)
-    increments = turning.increment_gradients(jnp.sum(by_token, axis=(2, 5)), turns)
+    # Of a token's rows the first has the sum over all of them.
+    by_token = dangles.reshape(call.batch, call.heads, call.pieces, call.chunks, tokens, call.rank, -1)[:, :, :, :, :, 0]
+    increments = jnp.sum(by_token, axis=2) + turns[:, :, :, None]
     length, pairs = arrays["theta"].shape[1:]
     increments = increments.reshape(call.batch, call.heads, -1, increments.shape[-1])[:, :, :length, :pairs]
     step_size = jnp.swapaxes(arrays["step_size"], 1, 2)

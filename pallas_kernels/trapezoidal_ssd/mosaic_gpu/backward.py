@@ -50,8 +50,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
 
     Returns:
         "dx"; "dB" and "dC", (batch, length, heads · state), of every head; "dangles", (batch, heads, chunks, CHUNK,
-        pairs), by how much the loss grows as a token's B and C are turned, for an angle of 1; with D also "dD", (batch,
-        chunks, heads, CHANNELS), to be summed; and those of ``slopes.names``.
+        pairs), by how much the loss grows as B and C are turned from a token to the end of its chunk, for an angle of
+        1; with D also "dD", (batch, chunks, heads, CHANNELS), to be summed; and those of ``slopes.names``.
     """
     dtype = inputs["x"].dtype
     matrix = jax.ShapeDtypeStruct((p.batch, p.chunks * CHUNK, p.heads * p.state), dtype)
@@ -286,10 +286,27 @@ class _Block:
             decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
             weighted = (blocks.load(refs["dy"]) * blocks.by_row(decay, CHANNELS)).astype(B.dtype)
             dC = blocks.product((weighted, refs["states"]), (weights, B))
-            dangles = dangles + finish("C", dC, C)
-            store(gmem["dangles"].at[batch, head, chunk], dangles * math.pi)
+            self.put_dangles(head, dangles + finish("C", dC, C))
 
         self.over_heads(work)
+
+    def put_dangles(self, head: Any, dangles: jax.Array) -> None:
+        """Writes the sums from each token to the chunk's end, by matrix products: of 16 bits, and of those that follow.
+
+        The weights for the gradients of B and C have been used.
+        """
+        (batch, chunk), buffer = self.at, self.smem["weights"]
+        half = CHUNK // 2
+        for start in range(0, self.p.pairs, half):
+            some = turning.columns(dangles, start, start + half)
+            high = some.astype(buffer.dtype)
+            low = (some - high.astype(jnp.float32)).astype(buffer.dtype)
+            synchronize()
+            store(buffer, jnp.concatenate([high, low], axis=1))
+            plgpu.commit_smem()
+            sums = blocks.product((self.smem["from_row"], buffer))
+            sums = turning.columns(sums, 0, half) + turning.columns(sums, half, CHUNK)
+            store(self.gmem["dangles"].at[batch, head, chunk, :, pl.ds(start, half)], sums * math.pi)
 
 
 def _swing(gradient: jax.Array, matrix: jax.Array, turn: Turn) -> jax.Array:

@@ -85,12 +85,3 @@ def turn_gradients(
         return jnp.sum(dstates[..., gradient].astype(jnp.float32) * after[..., component].astype(jnp.float32), axis=3)
 
     return jnp.pi * (along(first, second) - along(second, first))
-
-
-def increment_gradients(
-    dangles: Float[Array, "batch heads chunks tokens pairs"], turns: Float[Array, "batch heads chunks pairs"]
-) -> Float[Array, "batch heads chunks tokens pairs"]:
-    """Returns the gradients of each token's angle, given those of the sums up to each token of what its chunk sees."""
-    up_to = jnp.triu(jnp.ones((dangles.shape[3], dangles.shape[3]), jnp.float32))
-    later = jnp.einsum("ts,bhcsp->bhctp", up_to, dangles, precision=jax.lax.Precision.HIGHEST)
-    return later + turns[:, :, :, None]
