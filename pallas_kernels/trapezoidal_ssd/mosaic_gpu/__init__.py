@@ -22,7 +22,7 @@ from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK
 from pallas_kernels.ssd.mosaic_gpu.call import Call
 from pallas_kernels.trapezoidal_ssd import ranks, weights
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
-from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles, backward, forward, plan, turning
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles, backward, forward, heads, plan, turning
 
 _PARAMETERS = ("D", "B_bias", "C_bias")
 
@@ -32,9 +32,11 @@ def unsupported_reason(
 ) -> str | None:
     """Says what stands in the way of running these kernels here, or None."""
     del delta_softplus, norm_epsilon
-    rank = inputs.B.shape[3]
+    rank, state = inputs.B.shape[3:]
     if rank > CHUNK:
         return f"rank must be at most {CHUNK}, got {rank}; implementation='xla' takes any"
+    if turning.padded_state(state) > plan.MAX_STATE:
+        return f"state must be at most {plan.MAX_STATE}, got {state}; implementation='xla' takes any"
     return ssd_kernels.unsupported_matrices(inputs.x, inputs.B, inputs.C, chunk_size)
 
 
@@ -178,23 +180,33 @@ def backward_pass(arrays: Arrays) -> Arrays:
     results = backward.scan(walk, inputs, splits=call.plan.splits, stages=call.plan.stages)
     found = slopes.Slopes(*(call.by_head(results[name]) for name in slopes.Slopes._fields))
     numbers = slopes.gradients(found, inputs["tokens"][:, : call.heads])
-    state = arrays["B"].shape[-1]
     gradients = {
         "x": call.trim_tokens(results["dx"], arrays["x"]),
         **{name: call.trim_numbers(gradient) for name, gradient in numbers.items()},
-        "initial_state": turning.trim_halves(call.trim_state(walked["end"][:, 0]), state),
+        "initial_state": turning.trim_halves(call.trim_state(walked["end"][:, 0]), arrays["B"].shape[-1]),
         **_angle_gradients(call, arrays, results["dangles"], walked["states"]),
     }
     if "D" in arrays:
         gradients["D"] = call.trim_channels(jnp.sum(results["dD"], axis=1).reshape(call.batch, -1))
     for name in ("B", "C"):
-        groups, rows = arrays[name].shape[2:4]
-        by_head = results[f"d{name}"].reshape(call.batch, -1, rows, groups, call.heads // groups, call.pieces, call.state)
-        by_head = turning.trim_halves(by_head[:, : arrays[name].shape[1]].astype(jnp.float32), state)
-        gradients[name] = jnp.swapaxes(jnp.sum(by_head, axis=(4, 5)), 2, 3)
-        if f"{name}_bias" in arrays:
-            of_bias = jnp.sum(by_head, axis=(1, 5)).reshape(call.batch, rows, call.heads, state)
-            gradients[f"{name}_bias"] = jnp.swapaxes(of_bias, 1, 2)
+        gradients |= _matrix_gradients(call, name, arrays, results[f"d{name}"])
+    return gradients
+
+
+def _matrix_gradients(call: Call, name: str, arrays: Arrays, by_head: jax.Array) -> Arrays:
+    """Gradients of B or C and of its bias, given those of every head."""
+    length, groups, rank, state = arrays[name].shape[1:]
+    of_groups, of_chunks = heads.sums(by_head, groups, call.state)
+    of_groups = of_groups.reshape(call.batch, -1, rank, groups, call.state)[:, :length]
+    gradients = {name: turning.trim_halves(jnp.swapaxes(of_groups, 2, 3), state)}
+    if f"{name}_bias" in arrays:
+        if rank == 1:
+            of_bias = jnp.sum(of_chunks, axis=1)
+        else:
+            of_bias = jnp.sum(by_head.reshape(call.batch, -1, rank, by_head.shape[2]).astype(jnp.float32), axis=1)
+        of_pieces = of_bias.reshape(call.batch, rank, call.heads, call.pieces, call.state)
+        of_bias = jnp.swapaxes(jnp.sum(of_pieces, axis=3), 1, 2)
+        gradients[f"{name}_bias"] = turning.trim_halves(of_bias, state)
     return gradients
 
 

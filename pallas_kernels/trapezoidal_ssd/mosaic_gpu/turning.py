@@ -77,11 +77,13 @@ def turn_gradients(
         end: state after the last one.
         pairs: of components that rotate.
     """
-    after = jnp.concatenate([states[:, :, 1:], end[:, :, None].astype(states.dtype)], axis=2)
     half = states.shape[-1] // 2
     first, second = slice(pairs), slice(half, half + pairs)
 
-    def along(gradient: slice, component: slice) -> jax.Array:
-        return jnp.sum(dstates[..., gradient].astype(jnp.float32) * after[..., component].astype(jnp.float32), axis=3)
+    def turn(gradient: jax.Array, after: jax.Array) -> jax.Array:
+        gradient, after = gradient.astype(jnp.float32), after.astype(jnp.float32)
+        return jnp.sum(gradient[..., first] * after[..., second] - gradient[..., second] * after[..., first], axis=3)
 
-    return jnp.pi * (along(first, second) - along(second, first))
+    # The end by itself: put behind the other states, all of them would be copied.
+    turns = turn(dstates[:, :, :-1], states[:, :, 1:]), turn(dstates[:, :, -1:], end[:, :, None])
+    return jnp.pi * jnp.concatenate(turns, axis=2)
