@@ -19,11 +19,12 @@ from pallas_kernels.ssd.mosaic_gpu import blocks
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK, STATE_UNIT
 
 _VECTOR = 8
-_ROWS = LANES // (STATE_UNIT // _VECTOR)
+_COLUMNS = STATE_UNIT // WARPS
+_ROWS = LANES // (_COLUMNS // _VECTOR)
 _TILE = register_tile(
-    [(WARPS * _ROWS, STATE_UNIT), (_ROWS, STATE_UNIT), (1, _VECTOR)], warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-1
+    [(_ROWS, STATE_UNIT), (_ROWS, _COLUMNS), (1, _VECTOR)], warp_dims=(-5,), lane_dims=(-4, -3), vector_dim=-1
 )
-"""Sixteen bytes a lane, whole rows next to each other."""
+"""Sixteen bytes a lane, and a column within a warp, so that its sum stays there."""
 
 
 def sums(
