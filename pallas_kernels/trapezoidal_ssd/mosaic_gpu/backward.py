@@ -25,8 +25,8 @@ from pallas_kernels.ssd.mosaic_gpu.turning import Turn
 
 _EVEN_SHARE = 168
 """Registers of a lane, where three warpgroups have the same."""
-_REGISTERS = {"attention": 160, "slopes": 160, "matrices": 184}
-"""Of a lane of each warpgroup, by its work."""
+_REGISTERS = {"attention": 152, "slopes": 152, "matrices": 208}
+"""Of a lane of each warpgroup, by its work. With fewer for the third, each matrix instruction waits for the last one."""
 
 _STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles")
 
@@ -270,6 +270,16 @@ class _Block:
 
         def work(head: Any, refs: Refs) -> None:
             tokens = refs["tokens"]
+            to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
+            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
+            x, dy = (
+                (blocks.load(refs[name]) * blocks.by_row(weight, CHANNELS)).astype(B.dtype)
+                for name, weight in (("x", to_end), ("dy", decay))
+            )
+            # What goes through states, while the second warpgroup still makes the weights.
+            dB, dC = blocks.products(([(x, refs["dstates"])], None), ([(dy, refs["states"])], None))
+            plgpu.barrier_wait(smem["made"])
+            dB, dC = blocks.products(([(blocks.transposed(weights), C)], dB), ([(weights, B)], dC))
             turn = turning.turn_by(refs["angles"])
 
             def finish(name: str, gradient: jax.Array, matrix: Any) -> jax.Array:
@@ -278,15 +288,7 @@ class _Block:
                 store(target, turning.turned(gradient, turn, back=True).astype(matrix.dtype))
                 return _swing(gradient, blocks.load(matrix), turn)
 
-            plgpu.barrier_wait(smem["made"])
-            to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
-            weighted = (blocks.load(refs["x"]) * blocks.by_row(to_end, CHANNELS)).astype(B.dtype)
-            dB = blocks.product((weighted, refs["dstates"]), (blocks.transposed(weights), C))
-            dangles = finish("B", dB, B)
-            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
-            weighted = (blocks.load(refs["dy"]) * blocks.by_row(decay, CHANNELS)).astype(B.dtype)
-            dC = blocks.product((weighted, refs["states"]), (weights, B))
-            self.put_dangles(head, dangles + finish("C", dC, C))
+            self.put_dangles(head, finish("B", dB, B) + finish("C", dC, C))
 
         self.over_heads(work)
 
