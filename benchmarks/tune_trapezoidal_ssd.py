@@ -58,10 +58,19 @@ def arrays(shape: Shape, seed: int) -> dict[str, jax.Array]:
 
 
 def _ssd(a: dict[str, jax.Array]) -> jax.Array:
-    matrices = {name: a[name][:, :, :, 0] for name in ("B", "C")}
-    A = a["A"][0, 0].astype(jnp.float32)
-    options = {"delta_softplus": True, "implementation": "mosaic_gpu"}
-    return ssd(a["x"], a["delta"], A, D=a["D"], delta_bias=a["delta_bias"], **matrices, **options)  # type: ignore
+    y = ssd(
+        x=a["x"],
+        delta=a["delta"],
+        A=a["A"][0, 0].astype(jnp.float32),
+        B=a["B"][:, :, :, 0],
+        C=a["C"][:, :, :, 0],
+        D=a["D"],
+        delta_bias=a["delta_bias"],
+        delta_softplus=True,
+        implementation="mosaic_gpu",
+    )
+    assert isinstance(y, jax.Array)
+    return y
 
 
 def _trapezoidal_ssd(a: dict[str, jax.Array]) -> jax.Array:

@@ -43,9 +43,7 @@ def state_before(
     """Returns the state before the first token, with what that one adds for the token before it."""
     for_previous = (1 - inputs.lambda_[:, 0].astype(delta.dtype)) * delta[:, 0]
     x = ranks.input_per_rank(inputs.initial_x, inputs) * for_previous[:, :, None, None]
-    return inputs.initial_ssm + jnp.einsum(
-        "bhrp,bhrn->bhpn", x, inputs.initial_B, precision=jax.lax.Precision.HIGHEST
-    )
+    return inputs.initial_ssm + jnp.einsum("bhrp,bhrn->bhpn", x, inputs.initial_B, precision=jax.lax.Precision.HIGHEST)
 
 
 def last_token(inputs: Inputs) -> tuple[jax.Array, jax.Array]:

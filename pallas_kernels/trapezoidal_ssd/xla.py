@@ -1,9 +1,9 @@
 """The trapezoidal SSD operator out of XLA operations: any backend, any dtype, memory for a state per chunk.
 
-With one input a token (``weights.py``) one pass of ``pallas_kernels.ssd.chunked`` computes it. Within a chunk B and C are turned by the angle since its start,
-a rotary embedding, and the state stands still; behind the chunk it is turned by the whole angle. Heads rotate by angles
-of their own, and so have B and C of their own; these exist for a chunk at a time. The backward pass keeps the state
-before each chunk and recomputes the rest.
+With one input a token (``weights.py``) one pass of ``pallas_kernels.ssd.chunked`` computes it. Within a chunk B and C
+are turned by the angle since its start, a rotary embedding, and the state stands still; behind the chunk it is turned
+by the whole angle. Heads rotate by angles of their own, and so have B and C of their own; these exist for a chunk at a
+time. The backward pass keeps the state before each chunk and recomputes the rest.
 
 An angle since the start of the sequence would do for B and C too, but in its gradient, a sum over the rest of the
 sequence, nearly all terms cancel: it would drown in the rounding of bfloat16.

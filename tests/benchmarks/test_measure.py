@@ -18,7 +18,14 @@ SHAPES = {
     "selective_scan": {"batch": 2, "length": 16, "channels": 24, "state": 4},
     "ssd": {"batch": 2, "length": 16, "heads": 16, "head_dim": 4, "groups": 1, "state": 4},
     "trapezoidal_ssd": {
-        "batch": 2, "length": 16, "heads": 16, "head_dim": 4, "groups": 1, "rank": 2, "state": 4, "pairs": 1,
+        "batch": 2,
+        "length": 16,
+        "heads": 16,
+        "head_dim": 4,
+        "groups": 1,
+        "rank": 2,
+        "state": 4,
+        "pairs": 1,
     },
     "causal_conv1d": {"batch": 2, "length": 16, "channels": 24, "width": 4},
 }

@@ -117,20 +117,19 @@ def forward_pass(call: Call, arrays: Arrays, *, save_states: bool) -> Arrays:
 
 
 def backward_pass(call: Call, arrays: Arrays) -> Arrays:
-    """Returns gradients by the names of their arrays, that of D one an element of the batch, and "dstates"."""
+    """Returns gradients by the names of their arrays, that of D one an element of the batch."""
     inputs = call.prepared(arrays, "x", "dy", "B", "C", "D")
     walk = call.problem(call.plan.states)
     start = call.starts(inputs, arrays["dfinal_state"], reverse=True)
     walked = states.scan(walk, inputs | start, reverse=True, save=True)
     inputs |= {"states": arrays["states"], "dstates": walked["states"]}
     results = backward.scan(walk, inputs, splits=call.plan.splits, stages=call.plan.stages)
-    found = slopes.Slopes(*(call.by_head(results[n]) for n in slopes.names(own_weights=call.own_weights)))
+    found = slopes.Slopes(*(call.by_head(results[n]) for n in slopes.names(own_weights=False)))
     numbers = slopes.gradients(found, inputs["tokens"][:, : call.heads])
     gradients = {
         "x": call.trim_tokens(results["dx"], arrays["x"]),
         **{name: call.trim_numbers(gradient) for name, gradient in numbers.items()},
         **{name: call.trim_matrix(jnp.sum(results[f"d{name}"], axis=0)) for name in ("B", "C")},
-        "dstates": walked["states"],
     }
     if "D" in arrays:
         gradients["D"] = call.trim_channels(jnp.sum(results["dD"], axis=1).reshape(call.batch, -1))

@@ -87,7 +87,7 @@ class _Backward:
         outputs: dict[str, Any] = {
             "dx": jax.ShapeDtypeStruct(inputs["x"].shape, dtype),
             **{name: jax.ShapeDtypeStruct(matrix_dims, jnp.float32) for name in ("dB", "dC")},
-            **{name: p.tokens_type() for name in slopes.names(own_weights=p.own_weights)},
+            **{name: p.tokens_type() for name in slopes.names(own_weights=False)},
         }
         if "D" in inputs:
             outputs["dD"] = jax.ShapeDtypeStruct((p.batch, p.chunks, p.heads, CHANNELS), jnp.float32)
@@ -95,7 +95,7 @@ class _Backward:
             **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C")},
             **{name: blocks.operand(self.stages, CHUNK, CHANNELS, dtype=dtype) for name in ("x", "dy")},
             **{name: blocks.operand(self.stages, CHANNELS, p.state, dtype=dtype) for name in ("states", "dstates")},
-            "tokens": plgpu.SMEM((self.stages, p.token_rows, CHUNK), jnp.float32),
+            "tokens": plgpu.SMEM((self.stages, blocks.TOKEN_ROWS, CHUNK), jnp.float32),
             "dx": blocks.operand(CHUNK, CHANNELS, dtype=dtype),
             **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("pairs", *_CONSTANT)},
             "matrices": plgpu.Barrier(num_arrivals=2),
@@ -175,10 +175,6 @@ class _Block:
 
         return lax.fori_loop(0, count, step, carry)
 
-    def decays(self, tokens: Any, *, transpose: bool = False) -> jax.Array:
-        """``blocks.decays`` of the problem's rank."""
-        return blocks.decays(tokens, transpose=transpose, rank=self.launch.p.rank)
-
     def put(self, name: str, head: Any, numbers: jax.Array) -> None:
         """Writes a number a token of a head."""
         store(self.gmem[name].at[self.batch, head, self.chunk], numbers)
@@ -186,13 +182,13 @@ class _Block:
     def attention(self) -> None:
         """First warpgroup: dx, and what inputs say about the decays. Rows are the tokens that were added."""
         gmem, smem = self.gmem, self.smem
-        row, column = blocks.token_coordinates(self.launch.p.rank)
+        row, column = blocks.coordinates((CHUNK, CHUNK))
         scores = blocks.product((smem["B"], blocks.transposed(smem["C"])))
         scores = jnp.where(row <= column, scores, 0.0)
 
         def work(head: Any, refs: Refs, carry: None) -> None:
             tokens = refs["tokens"]
-            weights = (scores * blocks.finite(self.decays(tokens, transpose=True))).astype(self.dtype)
+            weights = (scores * blocks.finite(blocks.decays(tokens, transpose=True))).astype(self.dtype)
             from_state, within = blocks.products(
                 ([(smem["B"], blocks.transposed(refs["dstates"]))], None), ([(weights, refs["dy"])], None)
             )
@@ -218,18 +214,12 @@ class _Block:
     def make_constants(self) -> None:
         """Fills shared memory with what ``slopes`` needs for every head."""
         row, column = blocks.coordinates((CHUNK, CHUNK))
-        token, other = blocks.token_coordinates(self.launch.p.rank)
         scores = blocks.product((self.smem["C"], blocks.transposed(self.smem["B"])))
-        same_token = jnp.where(row == column, 0.0, -0.5)
-        side = jnp.where(other < token, 1.0, jnp.where(other > token, -1.0, same_token))
-        matrices = (jnp.where(other <= token, scores, 0.0), jnp.where(column >= row, 1.0, 0.0), side)
+        side = jnp.where(column < row, 1.0, jnp.where(column > row, -1.0, 0.0))
+        matrices = (jnp.where(column <= row, scores, 0.0), jnp.where(column >= row, 1.0, 0.0), side)
         for name, matrix in zip(_CONSTANT, matrices, strict=True):
             store(self.smem[name], matrix.astype(self.dtype))
         plgpu.commit_smem()
-
-    def diagonal(self, side: jax.Array) -> jax.Array:
-        """1 on the diagonal, else 0, made of ``side``."""
-        return 1.0 - jnp.abs(side) if self.launch.p.rank == 1 else jnp.maximum(1.0 - 2.0 * jnp.abs(side), 0.0)
 
     def slopes(self) -> None:
         """Second warpgroup: what outputs say about the decays, and weights for the gradients of B and C."""
@@ -238,14 +228,9 @@ class _Block:
 
         def work(head: Any, refs: Refs, sum_of_weights: jax.Array) -> jax.Array:
             tokens, states = refs["tokens"], blocks.transposed(refs["states"])
-            weights = blocks.product((refs["dy"], blocks.transposed(refs["x"]))) * blocks.finite(self.decays(tokens))
-            passed = weights * blocks.load(smem["scores"])
-            if self.launch.p.own_weights:
-                # Both are 1 on the diagonal; between rows of one token, off the diagonal, |side| is a half.
-                same_token = jnp.minimum(2.0 - 2.0 * jnp.abs(blocks.load(smem["side"])), 1.0)
-                self.put("own", head, jnp.sum(passed * same_token, axis=1))
+            weights = blocks.product((refs["dy"], blocks.transposed(refs["x"]))) * blocks.finite(blocks.decays(tokens))
             synchronize()
-            store(pairs, passed.astype(self.dtype))
+            store(pairs, (weights * blocks.load(smem["scores"])).astype(self.dtype))
             plgpu.commit_smem()
             sum_of_weights = sum_of_weights + weights
             # Row t of the first product: for each s, the sum over the tokens from t.
@@ -256,11 +241,11 @@ class _Block:
             self.put("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
             across = blocks.product((refs["dstates"], states))
             side = blocks.load(smem["side"])
-            self.put("across", head, jnp.sum(across * self.diagonal(side), axis=1))
+            self.put("across", head, jnp.sum(across * (1.0 - jnp.abs(side)), axis=1))
             return sum_of_weights
 
         zeros = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), blocks.LAYOUT)
-        row, column = blocks.token_coordinates(self.launch.p.rank)
+        row, column = blocks.coordinates((CHUNK, CHUNK))
         weights = jnp.where(column <= row, self.over_heads(work, zeros), 0.0)
         synchronize()
         store(pairs, weights.astype(self.dtype))

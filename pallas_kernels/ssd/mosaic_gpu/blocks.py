@@ -75,8 +75,8 @@ class Problem:
     own_weights: bool = False
     """Whether a token's input enters the token's own output with a weight of its own."""
     pairs: int = 0
-    """Angles of a head and token in "angles", 16-bit integers, (batch, heads / pieces, chunks, CHUNK, pairs): where there
-    are some, kernels make B and C of every group out of what they load; see ``turning``."""
+    """Angles of a head and token in "angles", 16-bit integers, (batch, heads / pieces, chunks, CHUNK, pairs). Where
+    there are some, kernels turn what they load to make a group's B and C; see ``turning``."""
     shared_by: int = 1
     """Groups in a row whose B and C are the same as they are loaded."""
 

@@ -8,10 +8,8 @@ from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, TOKEN_ROWS
 
 _MULTIPROCESSORS = 132
 """Of an H100 or H200. Others are not far from it, and a plan for the wrong number is only somewhat slower."""
-SHARED_MEMORY = 227 * 1024 - 2048
+_SHARED_MEMORY = 227 * 1024 - 2048
 """Bytes of a block, less what barriers and reductions may take."""
-_TOKENS = (TOKEN_ROWS + 1) * CHUNK * 4
-"""Of the numbers of a head's tokens in a chunk, own weights included."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +41,13 @@ def choose(batch: int, chunks: int, heads: int, groups: int, state: int) -> Plan
     members = heads // groups
     forward = _walk(batch * heads, members, state, matrices=2, squares=1, masks=1)
     states = _walk(batch * heads, members, state, matrices=1, squares=0, masks=0)
-    slots = CHUNK * CHANNELS * 2 * 2 + CHANNELS * state * 2 * 2 + _TOKENS
+    slots = CHUNK * CHANNELS * 2 * 2 + CHANNELS * state * 2 * 2 + TOKEN_ROWS * CHUNK * 4
     fixed = 2 * CHUNK * state * 2 + 5 * CHUNK * CHUNK * 2
     return Plan(
         forward=forward,
         states=states,
         parts=_parts(batch * heads, chunks),
-        stages=max(1, min(3, members, (SHARED_MEMORY - fixed) // slots)),
+        stages=max(1, min(3, members, (_SHARED_MEMORY - fixed) // slots)),
         splits=_splits(batch * chunks * groups, members),
     )
 
@@ -72,8 +70,8 @@ def _walk(units: int, members: int, state: int, *, matrices: int, squares: int, 
     for warpgroups in range(min(most, members), 0, -1):
         for stages in (3, 2):
             shared = stages * matrices * CHUNK * state * 2 + masks * square
-            each = stages * (square + _TOKENS) + CHANNELS * state * 2 + squares * square
-            if shared + warpgroups * each <= SHARED_MEMORY:
+            each = stages * (square + TOKEN_ROWS * CHUNK * 4) + CHANNELS * state * 2 + squares * square
+            if shared + warpgroups * each <= _SHARED_MEMORY:
                 return warpgroups, stages
     raise ValueError(f"no plan for a state of {state}")
 

@@ -54,7 +54,8 @@ def pack(
     Returns:
         For whole chunks, and at least these heads: "total", the sum of the logarithms to base 2 of the decays from the
         first token of the chunk to this one; "offset", such that 2^(total[t] - offset[s]) is what is left at token t
-        of what token s added, its step size included; the step size; and the own weight, if given. Tokens after the end change nothing.
+        of what token s added, its step size included; the step size; and the own weight, if given. Tokens after the end
+        change nothing.
     """
     batch, length, heads = delta.shape
     length, heads = -(-length // CHUNK) * CHUNK, -(-heads // _HEADS) * _HEADS

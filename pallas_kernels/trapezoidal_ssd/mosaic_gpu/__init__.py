@@ -216,7 +216,9 @@ def _angle_gradients(call: Call, arrays: Arrays, dangles: jax.Array, dstates: ja
     tokens = CHUNK // call.rank
     turns = jnp.sum(turns.reshape(call.batch, call.heads, call.pieces, call.chunks, -1), axis=2)
     # Of a token's rows the first has the sum over all of them.
-    by_token = dangles.reshape(call.batch, call.heads, call.pieces, call.chunks, tokens, call.rank, -1)[:, :, :, :, :, 0]
+    by_token = dangles.reshape(call.batch, call.heads, call.pieces, call.chunks, tokens, call.rank, -1)[
+        :, :, :, :, :, 0
+    ]
     increments = jnp.sum(by_token, axis=2) + turns[:, :, :, None]
     length, pairs = arrays["theta"].shape[1:]
     increments = increments.reshape(call.batch, call.heads, -1, increments.shape[-1])[:, :, :length, :pairs]

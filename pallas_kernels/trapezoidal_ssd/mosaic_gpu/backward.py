@@ -26,7 +26,7 @@ from pallas_kernels.ssd.mosaic_gpu.turning import Turn
 _EVEN_SHARE = 168
 """Registers of a lane, where three warpgroups have the same."""
 _REGISTERS = {"attention": 152, "slopes": 152, "matrices": 208}
-"""Of a lane of each warpgroup, by its work. With fewer for the third, each matrix instruction waits for the last one."""
+"""Of a lane of each warpgroup, by its work. With fewer for the third each matrix instruction waits for the last."""
 
 _STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles")
 

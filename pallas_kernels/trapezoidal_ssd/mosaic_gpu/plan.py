@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+from pallas_kernels.mosaic_gpu_compat import MAX_SHARED_MEMORY
 from pallas_kernels.ssd.mosaic_gpu import plan as ssd_plan
 from pallas_kernels.ssd.mosaic_gpu.blocks import TOKEN_ROWS
 from pallas_kernels.ssd.mosaic_gpu.plan import Plan
 from pallas_kernels.trapezoidal_ssd.mosaic_gpu import backward
+
+_SHARED_MEMORY = MAX_SHARED_MEMORY - 2048
+"""Bytes of a block, less what barriers and reductions may take."""
 
 MAX_STATE = 192
 """Of one more, the backward kernel's matrices would not fit into shared memory."""
@@ -24,7 +28,7 @@ def choose(batch: int, chunks: int, heads: int, groups: int, state: int) -> Plan
         state: size of the kernels' state.
     """
     once, stage = backward.shared_memory(state, state // 2, TOKEN_ROWS + 1)
-    stages = min(2, heads // groups, (ssd_plan.SHARED_MEMORY - once) // stage)
+    stages = min(2, heads // groups, (_SHARED_MEMORY - once) // stage)
     # With two chunks in shared memory two blocks share a multiprocessor, of a state of 128.
     walk = (1, 2)
     chosen = ssd_plan.choose(batch, chunks, heads, groups, state)
