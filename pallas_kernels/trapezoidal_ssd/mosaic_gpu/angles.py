@@ -24,7 +24,7 @@ _TILE = register_tile([(WARPS, LANES), (1, LANES), (1, 1)], warp_dims=(-6,), lan
 
 def sums(
     step_size: Float[Array, "batch length heads"], theta: Float[Array, "batch length pairs"], tokens: int
-) -> Int16[Array, "batch heads chunks tokens padded_pairs"]:
+) -> Int16[Array, "batch padded_heads chunks tokens padded_pairs"]:
     """Returns the angles from the start of the sequence to each token and with it, as numbers that wrap.
 
     Args:
