@@ -176,7 +176,7 @@ def backward_pass(arrays: Arrays) -> Arrays:
     start = call.starts(inputs, dfinal_state, reverse=True)
     walk = call.problem(call.plan.states)
     walked = states.scan(walk, inputs | start, reverse=True, save=True)
-    inputs |= {"states": arrays["states"], "dstates": walked["states"]}
+    inputs |= {"states": arrays["states"], "dstates": walked["states"], **_angle_factors(call, arrays)}
     results = backward.scan(walk, inputs, splits=call.plan.splits, stages=call.plan.stages)
     found = slopes.Slopes(*(call.by_head(results[name]) for name in slopes.Slopes._fields))
     numbers = slopes.gradients(found, inputs["tokens"][:, : call.heads])
@@ -184,7 +184,7 @@ def backward_pass(arrays: Arrays) -> Arrays:
         "x": call.trim_tokens(results["dx"], arrays["x"]),
         **{name: call.trim_numbers(gradient) for name, gradient in numbers.items()},
         "initial_state": turning.trim_halves(call.trim_state(walked["end"][:, 0]), arrays["B"].shape[-1]),
-        **_angle_gradients(call, arrays, results["dangles"], walked["states"]),
+        **_angle_gradients(call, arrays, results, walked["states"]),
     }
     if "D" in arrays:
         gradients["D"] = call.trim_channels(jnp.sum(results["dD"], axis=1).reshape(call.batch, -1))
@@ -210,23 +210,33 @@ def _matrix_gradients(call: Call, name: str, arrays: Arrays, by_head: jax.Array)
     return gradients
 
 
-def _angle_gradients(call: Call, arrays: Arrays, dangles: jax.Array, dstates: jax.Array) -> Arrays:
-    """Gradients of "step_size" and "theta"."""
-    turns = turning.turn_gradients(arrays["states"], dstates, arrays["end"], dangles.shape[-1])
-    tokens = CHUNK // call.rank
-    turns = jnp.sum(turns.reshape(call.batch, call.heads, call.pieces, call.chunks, -1), axis=2)
-    # Of a token's rows the first has the sum over all of them.
-    by_token = dangles.reshape(call.batch, call.heads, call.pieces, call.chunks, tokens, call.rank, -1)[
-        :, :, :, :, :, 0
-    ]
-    increments = jnp.sum(by_token, axis=2) + turns[:, :, :, None]
+def _angle_gradients(call: Call, arrays: Arrays, results: Arrays, dstates: jax.Array) -> Arrays:
+    """Gradients of "step_size" and "theta": what the kernel found within chunks, and what goes through states."""
     length, pairs = arrays["theta"].shape[1:]
-    increments = increments.reshape(call.batch, call.heads, -1, increments.shape[-1])[:, :, :length, :pairs]
-    step_size = jnp.swapaxes(arrays["step_size"], 1, 2)
-    return {
-        "step_size": jnp.swapaxes(jnp.sum(increments * arrays["theta"][:, None], axis=-1), 1, 2),
-        "theta": jnp.sum(increments * step_size[..., None], axis=1),
-    }
+    factors = _angle_factors(call, arrays)
+    turns = turning.turn_gradients(arrays["states"], dstates, arrays["end"], factors["theta"].shape[-1])
+    turns = jnp.sum(turns.reshape(call.batch, call.heads, call.pieces, call.chunks, -1), axis=2)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    dstep_size = call.by_head(results["dstep_size"]) + product("bhcp,bctp->bhct", turns, factors["theta"])
+    dtheta = jnp.sum(results["dtheta"], axis=0) + product("bhcp,bhct->bctp", turns, factors["step_size"])
+    # Of a token's rows the first has the sum over all of them.
+    dstep_size = dstep_size.reshape(call.batch, call.heads, -1, call.rank)[:, :, :length, 0]
+    dtheta = dtheta.reshape(call.batch, -1, call.rank, dtheta.shape[-1])[:, :length, 0, :pairs]
+    return {"step_size": jnp.swapaxes(dstep_size, 1, 2), "theta": dtheta}
+
+
+def _angle_factors(call: Call, arrays: Arrays) -> Arrays:
+    """Step sizes and theta of every row, whose products are the angles, as the backward kernel takes them."""
+    tokens = CHUNK // call.rank
+
+    def cut(array: jax.Array) -> jax.Array:
+        padded = jnp.pad(array, ((0, 0), (0, call.chunks * tokens - array.shape[1]), (0, 0)))
+        by_chunk = padded.reshape(call.batch, call.chunks, tokens, -1)
+        return jnp.repeat(by_chunk, call.rank, axis=2)
+
+    theta = arrays["theta"]
+    theta = jnp.pad(theta, ((0, 0), (0, 0), (0, call.pairs - theta.shape[2])))
+    return {"theta": cut(theta), "step_size": jnp.moveaxis(cut(arrays["step_size"]), 3, 1)}
 
 
 def _kernel_arrays(arrays: Arrays) -> Arrays:

@@ -25,7 +25,7 @@ from pallas_kernels.ssd.mosaic_gpu.turning import Turn
 
 _EVEN_SHARE = 168
 """Registers of a lane, where three warpgroups have the same."""
-_REGISTERS = {"attention": 152, "slopes": 152, "matrices": 208}
+_REGISTERS = {"attention": 144, "slopes": 144, "matrices": 224}
 """Of a lane of each warpgroup, by its work. With fewer for the third each matrix instruction waits for the last."""
 
 _STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles")
@@ -44,22 +44,24 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
     Args:
         p: shapes.
         inputs: as ``Problem`` describes them: "x", "dy", "B", "C", "tokens" with own weights, "angles", "states",
-            "dstates", perhaps "D", "B_bias" and "C_bias".
+            "dstates", perhaps "D", "B_bias" and "C_bias"; "theta", (batch, chunks, CHUNK, pairs), and "step_size",
+            (batch, heads, chunks, CHUNK), of which a row's angle is the product, in half-turns.
         splits: pieces that the heads of a group are cut into, which run at the same time; they divide these heads.
         stages: heads in shared memory at once.
 
     Returns:
-        "dx"; "dB" and "dC", (batch, length, heads · state), of every head; "dangles", (batch, heads, chunks, CHUNK,
-        pairs), by how much the loss grows as B and C are turned from a token to the end of its chunk, for an angle of
-        1; with D also "dD", (batch, chunks, heads, CHANNELS), to be summed; and those of ``slopes.names``.
+        "dx"; "dB" and "dC", (batch, length, heads · state), of every head; "dstep_size", (batch, heads, chunks, CHUNK),
+        and "dtheta", (groups · splits, batch, chunks, CHUNK, pairs), to be summed: what comes of a row's angle within
+        its chunk; with D also "dD", (batch, chunks, heads, CHANNELS), to be summed; and those of ``slopes.names``.
     """
-    dtype = inputs["x"].dtype
+    dtype, groups = inputs["x"].dtype, p.groups // p.shared_by
     matrix = jax.ShapeDtypeStruct((p.batch, p.chunks * CHUNK, p.heads * p.state), dtype)
     outputs: dict[str, Any] = {
         "dx": jax.ShapeDtypeStruct(inputs["x"].shape, dtype),
         "dB": matrix,
         "dC": matrix,
-        "dangles": jax.ShapeDtypeStruct((p.batch, p.heads, p.chunks, CHUNK, p.pairs), jnp.float32),
+        "dtheta": jax.ShapeDtypeStruct((groups * splits, p.batch, p.chunks, CHUNK, p.pairs), jnp.float32),
+        "dstep_size": p.tokens_type(),
         **{name: p.tokens_type() for name in slopes.names(own_weights=True)},
     }
     if "D" in inputs:
@@ -81,7 +83,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
     def backward(gmem: Refs, smem: Refs) -> None:
         _Block(p, splits, stages, gmem, smem).run()
 
-    grid = {"group": p.groups // p.shared_by, "batch": p.batch, "chunk": p.chunks, "split": splits}
+    grid = {"group": groups, "batch": p.batch, "chunk": p.chunks, "split": splits}
     return launch("trapezoidal_ssd", backward, inputs, outputs, scratch, grid, warpgroups=3)
 
 
@@ -104,7 +106,12 @@ class _Block:
 
     def head(self, i: Any) -> Any:
         """The block's i-th head."""
-        return (lax.axis_index("group") * self.splits + lax.axis_index("split")) * self.heads + i
+        return self.piece * self.heads + i
+
+    @property
+    def piece(self) -> Any:
+        """Which of the pieces of all heads the block has."""
+        return lax.axis_index("group") * self.splits + lax.axis_index("split")
 
     @property
     def at(self) -> tuple[Any, Any]:
@@ -144,16 +151,17 @@ class _Block:
                 source = self.gmem[name].at[batch, number, chunk]
             plgpu.copy_gmem_to_smem(source, self.smem[name].at[slot], self.smem["full"].at[slot])
 
-    def over_heads(self, work: Any, *, turns: str | None = None) -> None:
-        """Calls ``work(head, refs)`` for each head, with references to what was loaded.
+    def over_heads(self, work: Any, carry: Any = None, *, turns: str | None = None) -> Any:
+        """Calls ``work(head, refs, carry) -> carry`` for each head, with references to what was loaded.
 
         Args:
             work: of a warpgroup.
+            carry: passed from head to head.
             turns: the matrix that this warpgroup makes for every head; one that makes none loads.
         """
         stages = min(self.stages, self.heads)
 
-        def step(i: Any, carry: None) -> None:
+        def step(i: Any, carry: Any) -> Any:
             slot, head = lax.rem(i, stages), self.head(i)
             plgpu.barrier_wait(self.smem["full"].at[slot])
             refs = {name: self.smem[name].at[slot] for name in _STREAMED}
@@ -166,7 +174,7 @@ class _Block:
                 self.turn(turns, head, refs)
                 plgpu.barrier_arrive(self.smem["turned"])
             plgpu.barrier_wait(self.smem["turned"])
-            work(head, refs)
+            carry = work(head, refs, carry)
             plgpu.barrier_arrive(self.smem["free"].at[slot])
             if turns is None and self.heads > stages:
 
@@ -175,7 +183,9 @@ class _Block:
                     plgpu.barrier_wait(self.smem["free"].at[slot])
                     self.load(i + stages, slot)
 
-        lax.fori_loop(0, self.heads, step, None)
+            return carry
+
+        return lax.fori_loop(0, self.heads, step, carry)
 
     def turn(self, name: str, head: Any, refs: Refs) -> None:
         """Makes a head's B or C."""
@@ -199,7 +209,8 @@ class _Block:
         B, C = smem["turned_B"], smem["turned_C"]
         row, column = blocks.token_coordinates(self.p.rank)
 
-        def work(head: Any, refs: Refs) -> None:
+        def work(head: Any, refs: Refs, carry: None) -> None:
+            del carry
             tokens = refs["tokens"]
             scores = blocks.product((B, blocks.transposed(C))) * self.decays(tokens, transpose=True)
             weights = jnp.where(row <= column, scores, 0.0).astype(B.dtype)
@@ -238,7 +249,8 @@ class _Block:
         store(smem["from_row"], jnp.where(column >= row, 1.0, 0.0).astype(C.dtype))
         plgpu.commit_smem()
 
-        def work(head: Any, refs: Refs) -> None:
+        def work(head: Any, refs: Refs, carry: None) -> None:
+            del carry
             tokens, states = refs["tokens"], blocks.transposed(refs["states"])
             weights, scores = blocks.products(
                 ([(refs["dy"], blocks.transposed(refs["x"]))], None), ([(C, blocks.transposed(B))], None)
@@ -268,7 +280,7 @@ class _Block:
         gmem, smem, (batch, chunk) = self.gmem, self.smem, self.at
         B, C, weights = smem["turned_B"], smem["turned_C"], smem["weights"]
 
-        def work(head: Any, refs: Refs) -> None:
+        def work(head: Any, refs: Refs, dtheta: jax.Array) -> jax.Array:
             tokens = refs["tokens"]
             to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
             decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
@@ -288,16 +300,21 @@ class _Block:
                 store(target, turning.turned(gradient, turn, back=True).astype(matrix.dtype))
                 return _swing(gradient, blocks.load(matrix), turn)
 
-            self.put_dangles(head, finish("B", dB, B) + finish("C", dC, C))
+            dangles = self.to_chunk_end(finish("B", dB, B) + finish("C", dC, C))
+            self.put("dstep_size", head, jnp.sum(dangles * blocks.load(gmem["theta"].at[batch, chunk]), axis=1))
+            step_size = blocks.load(gmem["step_size"].at[batch, self.p.token_head(head), chunk], blocks.ROWS)
+            return dtheta + dangles * blocks.by_row(step_size, self.p.pairs)
 
-        self.over_heads(work)
+        dtheta = plgpu.layout_cast(jnp.zeros((CHUNK, self.p.pairs), jnp.float32), blocks.LAYOUT)
+        dtheta = self.over_heads(work, dtheta)
+        store(gmem["dtheta"].at[self.piece, batch, chunk], dtheta)
 
-    def put_dangles(self, head: Any, dangles: jax.Array) -> None:
-        """Writes the sums from each token to the chunk's end, by matrix products: of 16 bits, and of those that follow.
+    def to_chunk_end(self, dangles: jax.Array) -> jax.Array:
+        """Sums from each token to the chunk's end, by matrix products: of 16 bits, and of those that follow.
 
         The weights for the gradients of B and C have been used.
         """
-        (batch, chunk), buffer = self.at, self.smem["weights"]
+        buffer, pieces = self.smem["weights"], []
         half = CHUNK // 2
         for start in range(0, self.p.pairs, half):
             some = turning.columns(dangles, start, start + half)
@@ -307,8 +324,8 @@ class _Block:
             store(buffer, jnp.concatenate([high, low], axis=1))
             plgpu.commit_smem()
             sums = blocks.product((self.smem["from_row"], buffer))
-            sums = turning.columns(sums, 0, half) + turning.columns(sums, half, CHUNK)
-            store(self.gmem["dangles"].at[batch, head, chunk, :, pl.ds(start, half)], sums * math.pi)
+            pieces.append(turning.columns(sums, 0, half) + turning.columns(sums, half, CHUNK))
+        return (pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)) * math.pi
 
 
 def _swing(gradient: jax.Array, matrix: jax.Array, turn: Turn) -> jax.Array:
