@@ -63,12 +63,12 @@ def sums(
             )
             # Whole turns do not matter, and without them the sum is as precise as its terms.
             angle = angle + (increment - 2.0 * (0.5 * increment).astype(jnp.int32).astype(jnp.float32))
-            fixed = (angle * (FULL_TURN / 2)).astype(jnp.int32).astype(jnp.int16)
+            fixed = ((start + angle) * (FULL_TURN / 2)).astype(jnp.int32).astype(jnp.int16)
             store(gmem["angles"].at[batch, heads, chunk, t, pairs], fixed)
             return angle
 
         start = plgpu.load(gmem["start"].at[batch, chunk, heads, pairs], layout=_TILE, optimized=False)
-        lax.fori_loop(0, tokens, step, start)
+        lax.fori_loop(0, tokens, step, plgpu.layout_cast(jnp.zeros((WARPS, LANES), jnp.float32), _TILE))
 
     grid = {"batch": batch, "chunk": chunks, "place": padded_heads // WARPS * blocks_of_pairs}
     return launch("trapezoidal_ssd", angles, inputs, outputs, {}, grid)["angles"]

@@ -60,7 +60,8 @@ def sums(
             total, loaded = carry
             # The next one is on its way while this one is added up.
             following = load(jnp.minimum(member + 1, members - 1))
-            gradient = loaded.astype(jnp.float32)
+            # The cast makes it as invariant over a mesh's axes as zeros are.
+            gradient = plgpu.layout_cast(loaded.astype(jnp.float32), _TILE)
             store(gmem["of_chunks"].at[batch, chunk, columns(group * members + member)], jnp.sum(gradient, axis=0))
             return total + gradient, following
 
