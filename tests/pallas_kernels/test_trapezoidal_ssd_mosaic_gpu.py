@@ -130,6 +130,31 @@ def test_parts_of_a_long_sequence_join_to_the_whole(monkeypatch):
     assert_right(make_inputs(1, 6 * 64, 1, 16, 8, optional=(), rate=1.0))
 
 
+@pytest.mark.slow
+def test_vmap_is_a_loop():
+    instances = [make_inputs(1, 20, 2, 16, 8, optional=("B_bias", "C_bias")) for _ in range(2)]
+    shared = {"C_bias": instances[0].C_bias}
+    instances = [one._replace(**shared) for one in instances]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *instances)._replace(**shared)
+    axes = Inputs(*(None if array is None else 0 for array in stacked))._replace(C_bias=None)
+
+    def loss_and_gradient(inputs):
+        def loss(inputs):
+            return sum(jnp.sum(array.astype(jnp.float32)) for array in mosaic_gpu.trapezoidal_ssd(inputs, **OPTIONS))
+
+        return jax.value_and_grad(loss)(inputs)
+
+    with plgpu.force_gpu_interpret_mode():
+        results = jax.jit(jax.vmap(loss_and_gradient, in_axes=(axes,)))(stacked)
+        run = jax.jit(loss_and_gradient)
+        expected = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[run(one) for one in instances])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=1e-2, atol=1e-4),
+        results,
+        expected,
+    )
+
+
 def lower_with_gradient(dims, rank=1, groups=1, pairs=None):
     batch, length, heads, head_dim, state = dims
 
