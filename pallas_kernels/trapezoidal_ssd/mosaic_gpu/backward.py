@@ -25,8 +25,10 @@ from pallas_kernels.ssd.mosaic_gpu.turning import Turn
 
 _EVEN_SHARE = 168
 """Registers of a lane, where three warpgroups have the same."""
-_REGISTERS = {"attention": 144, "slopes": 144, "matrices": 224}
+_REGISTERS = {"attention": 144, "slopes": 144, "matrices": 216}
 """Of a lane of each warpgroup, by its work. With fewer for the third each matrix instruction waits for the last."""
+# A warpgroup that wants more than the others have left waits for ever.
+assert sum(_REGISTERS.values()) <= len(_REGISTERS) * _EVEN_SHARE
 
 _STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles")
 
