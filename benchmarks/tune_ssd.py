@@ -85,8 +85,12 @@ def _default(shape: Shape) -> Plan:
 def forward_plans(shape: Shape) -> Iterator[Plan]:
     """Plans worth timing forward."""
     default = _default(shape)
-    for walk in [(2, 3), (3, 2), (3, 3), (1, 3)]:
+    for walk in [(2, 3), (2, 2), (1, 3)]:
         yield dataclasses.replace(default, forward=walk)
+    if default.parts == 1:
+        return
+    for parts, walk in [(11, (1, 4)), (22, (2, 3)), (22, (3, 3))]:
+        yield dataclasses.replace(default, parts=parts, states=walk)
 
 
 def backward_plans(shape: Shape) -> Iterator[Plan]:
@@ -94,8 +98,11 @@ def backward_plans(shape: Shape) -> Iterator[Plan]:
     default = _default(shape)
     for walk in [(3, 3), (2, 3), (1, 4)]:
         yield dataclasses.replace(default, states=walk)
-    for stages, splits in [(2, 1), (3, 2)]:
+    for stages, splits in [(3, 1), (2, 2)]:
         yield dataclasses.replace(default, stages=stages, splits=splits)
+    if default.parts > 1:
+        for parts, walk in [(11, (1, 4)), (22, (2, 3)), (22, (3, 3))]:
+            yield dataclasses.replace(default, parts=parts, states=walk)
 
 
 def tune(variants: list[Variant], deadline: float, make: Callable[[Shape, int], dict[str, jax.Array]]) -> None:

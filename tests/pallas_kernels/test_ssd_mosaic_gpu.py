@@ -149,9 +149,9 @@ def use_plan(monkeypatch):
         ((1, 70, 2, 64, 64), {}),
         ((1, 20, 4, 32, 16), {"groups": 2, "optional": ("D",)}),
         ((2, 1, 8, 16, 16), {"optional": ("initial_state", "delta_bias")}),
-        ((1, 64, 1, 80, 130), {"optional": ()}),
+        ((1, 64, 1, 80, 130), {"optional": ("initial_state",), "rates": (-6, -4)}),
     ],
-    ids=["all features", "two groups", "one token", "bare, wide"],
+    ids=["all features", "two groups", "one token", "wide"],
 )
 def test_interpreted_kernels_compute_the_definition_and_its_gradient(dims, options):
     assert_right(make_inputs(*dims, **options))
@@ -159,7 +159,8 @@ def test_interpreted_kernels_compute_the_definition_and_its_gradient(dims, optio
 
 def test_parts_of_a_long_sequence_join_to_the_whole(use_plan):
     use_plan(parts=3)
-    assert_right(make_inputs(1, 6 * 64, 1, 16, 8, optional=("initial_state",), rates=(-6, 0)))
+    # Of three chunks, three and one.
+    assert_right(make_inputs(1, 7 * 64, 1, 16, 8, optional=("initial_state",), rates=(-6, 0)))
 
 
 @pytest.mark.slow
@@ -269,7 +270,8 @@ def test_a_long_sequence_of_few_heads_is_split_into_parts():
     large, medium, long = (plan_for(*dims) for dims in BENCHMARK_SHAPES)
     assert large.parts == medium.parts == 1
     assert long.parts > 1
-    assert 2048 % long.parts == 0
+    chunks_per_part = math.ceil(2048 / long.parts)
+    assert (long.parts - 1) * chunks_per_part < 2048, "the last part is empty"
 
 
 def test_heads_are_split_where_there_are_few_chunks():
@@ -281,10 +283,11 @@ def test_one_state_a_chunk_is_saved_in_16_bits():
     inputs = make_inputs(2, 130, 2, 64, 64, optional=("D",))
     arrays = {"x": inputs.x, "delta": inputs.delta.astype(jnp.float32), "B": inputs.B, "C": inputs.C, "D": inputs.D}
     arrays["log_decay"] = arrays["delta"]
-    _, (kept, states) = jax.eval_shape(mosaic_gpu._scan_forward, arrays)
+    _, (kept, saved) = jax.eval_shape(mosaic_gpu._scan_forward, arrays)
     assert sum(array.size for array in kept.values()) == sum(array.size for array in arrays.values())
-    assert states.shape == (2, 2, 3, 64, 64)
-    assert states.dtype == jnp.bfloat16
+    assert saved.keys() == {"states", "tokens"}
+    assert saved["states"].shape == (2, 2, 3, 64, 64)
+    assert saved["states"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -320,20 +323,36 @@ def test_gpus_without_matrix_instructions_of_warpgroups_are_named(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 1000, 2048, 4097])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 4097])
 def test_any_length_on_a_gpu(length):
     assert_right(make_inputs(2, length, 6, 64, 128, groups=2), interpret=False)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("state", [1, 16, 64, 100, 128, 192, 256])
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "state"),
+    [
+        (32, 16),
+        (32, 256),
+        (64, 1),
+        (64, 64),
+        (64, 100),
+        (64, 128),
+        (64, 192),
+        (64, 256),
+        (96, 128),
+        (128, 64),
+        (128, 256),
+    ],
+)
 def test_any_size_on_a_gpu(head_dim, state):
     assert_right(make_inputs(1, 200, 5, head_dim, state), interpret=False)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("batch", "length", "heads"), [(4, 192, 80), (8, 192, 24), (1, 4096, 24), (3, 300, 7)])
+@pytest.mark.parametrize(
+    ("batch", "length", "heads"), [(4, 192, 80), (8, 192, 24), (1, 4096, 24), (3, 300, 7), (2, 1000, 1)]
+)
 def test_every_plan_on_a_gpu(batch, length, heads):
     assert_right(make_inputs(batch, length, heads, 64, 128, optional=("D", "delta_bias")), interpret=False)
 

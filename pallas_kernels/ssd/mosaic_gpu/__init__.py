@@ -19,6 +19,8 @@ from pallas_kernels.ssd.mosaic_gpu.call import Call
 MAX_STATE = 256
 
 _PARAMETERS = ("D",)
+_SAVED = ("states", "tokens")
+"""What the backward pass wants of the forward pass."""
 FORGET = -1e4
 """Logarithm of the decay where a segment starts: nothing is left."""
 
@@ -69,15 +71,15 @@ def _scan(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     return results["y"], results["final_state"]
 
 
-def _scan_forward(arrays: Arrays) -> tuple[tuple[jax.Array, jax.Array], tuple[Arrays, jax.Array]]:
+def _scan_forward(arrays: Arrays) -> tuple[tuple[jax.Array, jax.Array], tuple[Arrays, Arrays]]:
     results = _forward(True)(arrays)
-    return (results["y"], results["final_state"]), (arrays, results["states"])
+    return (results["y"], results["final_state"]), (arrays, {name: results[name] for name in _SAVED})
 
 
-def _scan_backward(residuals: tuple[Arrays, jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> tuple[Arrays]:
+def _scan_backward(residuals: tuple[Arrays, Arrays], cotangents: tuple[jax.Array, jax.Array]) -> tuple[Arrays]:
     arrays, saved = residuals
     dy, dfinal_state = cotangents
-    gradients = _backward(arrays | {"states": saved, "dy": dy, "dfinal_state": dfinal_state})
+    gradients = _backward(arrays | saved | {"dy": dy, "dfinal_state": dfinal_state})
     if "D" in arrays:
         gradients["D"] = jnp.sum(gradients["D"], axis=0)
     return ({name: gradients[name].astype(array.dtype) for name, array in arrays.items()},)
@@ -103,7 +105,7 @@ def _backward(arrays: Arrays) -> Arrays:
 
 
 def forward_pass(call: Call, arrays: Arrays, *, save_states: bool) -> Arrays:
-    """Returns "y" and "final_state", and what the backward pass will want of "states"."""
+    """Returns "y" and "final_state", and with ``save_states`` what the backward pass will want: "states", "tokens"."""
     inputs = call.prepared(arrays, "x", "B", "C", "D")
     inputs |= call.starts(inputs, arrays.get("initial_state"), reverse=False)
     results = forward.scan(call.problem(call.plan.forward), inputs, save_states=save_states)
@@ -112,7 +114,7 @@ def forward_pass(call: Call, arrays: Arrays, *, save_states: bool) -> Arrays:
         "final_state": call.trim_state(results["end"][:, -1]),
     }
     if save_states:
-        trimmed["states"] = results["states"]
+        trimmed |= {"states": results["states"], "tokens": inputs["tokens"]}
     return trimmed
 
 

@@ -29,7 +29,7 @@ _EVEN_SHARE = 168
 _REGISTERS = {"attention": 160, "slopes": 160, "matrices": 184}
 """Of a lane of each warpgroup, by its work."""
 
-_CONSTANT = ("scores", "from_row", "side")
+_CONSTANT = ("scores", "from_row", "before")
 """Matrices that are the same for all heads. Kept in registers, there would be no room for those that are not."""
 _STREAMED = ("x", "dy", "states", "dstates", "tokens")
 
@@ -189,19 +189,22 @@ class _Block:
         def work(head: Any, refs: Refs, carry: None) -> None:
             tokens = refs["tokens"]
             weights = (scores * blocks.finite(blocks.decays(tokens, transpose=True))).astype(self.dtype)
-            from_state, within = blocks.products(
-                ([(smem["B"], blocks.transposed(refs["dstates"]))], None), ([(weights, refs["dy"])], None)
+            from_state, within, (x, decay) = blocks.products(
+                ([(smem["B"], blocks.transposed(refs["dstates"]))], None),
+                ([(weights, refs["dy"])], None),
+                meanwhile=lambda: (
+                    blocks.load_operand(refs["x"]),
+                    jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[0], blocks.ROWS)),
+                ),
             )
-            x = blocks.load(refs["x"])
-            decay = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[0], blocks.ROWS))
-            from_state = from_state * blocks.by_row(decay, CHANNELS)
-            self.put("to_end", head, jnp.sum(x * from_state, axis=1))
+            x = x.astype(jnp.float32)
+            self.put("to_end", head, decay * jnp.sum(x * from_state, axis=1))
             self.put("to_outputs", head, jnp.sum(x * within, axis=1))
-            dx = within + from_state * blocks.by_row(blocks.load(tokens.at[2], blocks.ROWS), CHANNELS)
+            decayed_delta = decay * blocks.load(tokens.at[2], blocks.ROWS)
+            dx = within + from_state * blocks.by_row(decayed_delta, CHANNELS)
             if "D" in gmem:
-                dy = blocks.load(refs["dy"])
-                dx = dx + dy * blocks.by_column(blocks.load(gmem["D"].at[head], blocks.COLUMNS), CHUNK)
-                store(gmem["dD"].at[self.batch, self.chunk, head], jnp.sum(dy * x, axis=0))
+                D = blocks.load(gmem["D"].at[head], blocks.COLUMNS)
+                dx = dx + blocks.load(refs["dy"]) * blocks.by_column(D, CHUNK)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             store(smem["dx"], dx.astype(self.dtype))
             plgpu.commit_smem()
@@ -215,8 +218,8 @@ class _Block:
         """Fills shared memory with what ``slopes`` needs for every head."""
         row, column = blocks.coordinates((CHUNK, CHUNK))
         scores = blocks.product((self.smem["C"], blocks.transposed(self.smem["B"])))
-        side = jnp.where(column < row, 1.0, jnp.where(column > row, -1.0, 0.0))
-        matrices = (jnp.where(column <= row, scores, 0.0), jnp.where(column >= row, 1.0, 0.0), side)
+        below, above = jnp.where(column < row, 1.0, 0.0), jnp.where(column >= row, 1.0, 0.0)
+        matrices = (jnp.where(column <= row, scores, 0.0), above, below)
         for name, matrix in zip(_CONSTANT, matrices, strict=True):
             store(self.smem[name], matrix.astype(self.dtype))
         plgpu.commit_smem()
@@ -228,20 +231,20 @@ class _Block:
 
         def work(head: Any, refs: Refs, sum_of_weights: jax.Array) -> jax.Array:
             tokens, states = refs["tokens"], blocks.transposed(refs["states"])
-            weights = blocks.product((refs["dy"], blocks.transposed(refs["x"]))) * blocks.finite(blocks.decays(tokens))
+            weights, decays = blocks.products(
+                ([(refs["dy"], blocks.transposed(refs["x"]))], None),
+                meanwhile=lambda: blocks.finite(blocks.decays(tokens)),
+            )
+            weights = weights * decays
             synchronize()
             store(pairs, (weights * blocks.load(smem["scores"])).astype(self.dtype))
             plgpu.commit_smem()
             sum_of_weights = sum_of_weights + weights
             # Row t of the first product: for each s, the sum over the tokens from t.
             passing, y = blocks.products(([(smem["from_row"], pairs)], None), ([(smem["C"], states)], None))
-            side = blocks.load(smem["side"])
-            self.put("within", head, jnp.sum(passing * jnp.maximum(side, 0.0), axis=1))
+            self.put("within", head, jnp.sum(passing * blocks.load(smem["before"]), axis=1))
             decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
             self.put("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
-            across = blocks.product((refs["dstates"], states))
-            side = blocks.load(smem["side"])
-            self.put("across", head, jnp.sum(across * (1.0 - jnp.abs(side)), axis=1))
             return sum_of_weights
 
         zeros = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), blocks.LAYOUT)
@@ -252,21 +255,42 @@ class _Block:
         plgpu.commit_smem()
         plgpu.barrier_arrive(smem["made"])
 
+    def put_across(self, head: Any, refs: Refs) -> None:
+        """Writes what the gradient of the state after the chunk makes of the state before it, a number a channel."""
+        # Products are rounded to 16 bits, and added up in float32: the sum is over thousands.
+        columns = [pl.ds(first, blocks.STATE_UNIT) for first in range(0, self.launch.p.state, blocks.STATE_UNIT)]
+        products = [
+            blocks.load_operand(refs["states"].at[:, some]) * blocks.load_operand(refs["dstates"].at[:, some])
+            for some in columns
+        ]
+        numbers = jnp.sum(functools.reduce(jnp.add, products).astype(jnp.float32), axis=1)
+        self.put("across", head, numbers)
+
+    def put_dD(self, head: Any, refs: Refs) -> None:
+        """Writes what the chunk adds to the gradient of D."""
+        if "D" in self.gmem:
+            # Channels as rows: sums over the columns of a matrix have to pass through shared memory.
+            x, dy = (blocks.load(blocks.transposed(refs[name])) for name in ("x", "dy"))
+            store(self.gmem["dD"].at[self.batch, self.chunk, head], jnp.sum(x * dy, axis=1))
+
     def matrices(self) -> None:
-        """Third warpgroup: loads, and the gradients of B and C."""
+        """Third warpgroup: loads, the gradients of B, C and D, and what passes through the whole chunk."""
         smem = self.smem
         columns = pl.ds(self.launch.columns.start, self.launch.num_columns)
 
         def work(head: Any, refs: Refs, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            del head
             dB, dC = gradients
             tokens = refs["tokens"]
-            to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
-            weighted = (blocks.load(refs["x"]) * blocks.by_row(to_end, CHANNELS)).astype(self.dtype)
-            dB = blocks.product((weighted, refs["dstates"].at[:, columns]), plus=dB)
-            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
-            weighted = (blocks.load(refs["dy"]) * blocks.by_row(decay, CHANNELS)).astype(self.dtype)
-            return dB, blocks.product((weighted, refs["states"].at[:, columns]), plus=dC)
+            to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS)).astype(self.dtype)
+            weighted = blocks.load_operand(refs["x"]) * blocks.by_row(to_end, CHANNELS)
+            dstates, states = (refs[name].at[:, columns] for name in ("dstates", "states"))
+            put_across = functools.partial(self.put_across, head, refs)
+            dB, _ = blocks.products(([(weighted, dstates)], dB), meanwhile=put_across)
+            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS)).astype(self.dtype)
+            weighted = blocks.load_operand(refs["dy"]) * blocks.by_row(decay, CHANNELS)
+            put_dD = functools.partial(self.put_dD, head, refs)
+            dC, _ = blocks.products(([(weighted, states)], dC), meanwhile=put_dD)
+            return dB, dC
 
         zeros = plgpu.layout_cast(jnp.zeros((CHUNK, self.launch.num_columns), jnp.float32), blocks.LAYOUT)
         dB, dC = self.over_heads(work, (zeros, zeros), refill=True)

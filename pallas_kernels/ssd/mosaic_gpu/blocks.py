@@ -21,6 +21,8 @@ CHANNELS = 64
 """Channels of a head, as the kernels see it: wider heads are several of these that decay alike."""
 STATE_UNIT = 64
 """Sizes of the state are multiples of this: a row of swizzled shared memory in 16-bit numbers."""
+AHEAD = 2
+"""Chunks whose weights the forward kernel has in shared memory at once: one in use, one in the making."""
 TOKEN_ROWS = 3
 """Numbers of a head and token in "tokens", see ``tokens.pack``; own weights are one more."""
 OWN_WEIGHT = TOKEN_ROWS
@@ -69,7 +71,7 @@ class Problem:
     stages: int
     """Chunks in shared memory at once, one in use and the others on their way."""
     parts: int
-    """Pieces that the length is cut into, which run at the same time; they divide the chunks."""
+    """Pieces that the length is cut into, which run at the same time; the last one may be shorter, but not empty."""
     rank: int = 1
     """Rows of a chunk that are one token, the inputs and outputs of which see each other; it divides the chunk."""
     own_weights: bool = False
@@ -95,7 +97,13 @@ class Problem:
 
     @property
     def chunks_per_part(self) -> int:
-        return self.chunks // self.parts
+        return -(-self.chunks // self.parts)
+
+    def chunks_of_part(self, part: Any) -> Any:
+        """The chunks that a part has."""
+        if self.chunks % self.parts == 0:
+            return self.chunks_per_part
+        return jnp.minimum(self.chunks_per_part, self.chunks - part * self.chunks_per_part)
 
     @property
     def heads_per_group(self) -> int:
@@ -109,15 +117,15 @@ class Problem:
     def blocks_per_group(self) -> int:
         return -(-self.heads_per_group // self.warpgroups)
 
-    def block(self) -> Block:
-        """The block and warpgroup that is running.
+    def block(self, warpgroup: Any = None) -> Block:
+        """The block that is running, and the warpgroup, unless another one of the block is named.
 
         Where the heads of a group are no whole number of blocks, warpgroups repeat the last head: they write the same
         numbers to the same places.
         """
         index = lax.axis_index("heads")
         group = index // self.blocks_per_group
-        warpgroup = lax.axis_index("warpgroup")
+        warpgroup = lax.axis_index("warpgroup") if warpgroup is None else warpgroup
         member = lax.rem(index, self.blocks_per_group) * self.warpgroups + warpgroup
         head = group * self.heads_per_group + jnp.minimum(member, self.heads_per_group - 1)
         return Block(lax.axis_index("batch"), lax.axis_index("part"), group, head, warpgroup)
@@ -180,11 +188,11 @@ class Problem:
             carry: passed from chunk to chunk.
             reverse: whether to start with the last chunk.
         """
-        count = self.chunks_per_part
-        stages = min(self.stages, count)
+        count, stages = self.chunks_of_part(block.part), self.stages
+        first = block.part * self.chunks_per_part
 
         def chunk(i: Any) -> Any:
-            return block.part * count + (count - 1 - i if reverse else i)
+            return first + (count - 1 - i if reverse else i)
 
         def load(i: Any, slot: Any) -> None:
             rows, full = chunk_rows(chunk(i)), smem["full"].at[slot]
@@ -206,7 +214,7 @@ class Problem:
         @pl.when(is_leader)
         def _() -> None:
             for i in range(stages):
-                load(i, i)
+                pl.when(i < count)(functools.partial(load, i, i))
 
         def walk_chunk(i: Any, carry: Any) -> Any:
             slot = lax.rem(i, stages)
@@ -218,12 +226,10 @@ class Problem:
                 def _() -> None:
                     plgpu.barrier_arrive(smem["free"].at[last])
 
-                if count > stages:
-
-                    @pl.when(is_leader & (i > 0) & (i - 1 + stages < count))
-                    def _() -> None:
-                        plgpu.barrier_wait(smem["free"].at[last])
-                        load(i - 1 + stages, last)
+                @pl.when(is_leader & (i > 0) & (i - 1 + stages < count))
+                def _() -> None:
+                    plgpu.barrier_wait(smem["free"].at[last])
+                    load(i - 1 + stages, last)
 
             plgpu.barrier_wait(smem["full"].at[slot])
             refs = {name: smem[name].at[slot] for name in matrices}
@@ -264,18 +270,30 @@ def product(*operands: tuple[Any, Any], plus: jax.Array | None = None) -> jax.Ar
     return result
 
 
-def products(*sums: tuple[Sequence[tuple[Any, Any]], jax.Array | None]) -> tuple[jax.Array, ...]:
-    """Several of ``product`` at once: the operands of each, and what is added to them or None."""
-    if interpreted():
-        return tuple(_interpreted_product(*operands_and_plus) for operands_and_plus in sums)
+def products(
+    *sums: tuple[Sequence[tuple[Any, Any]], jax.Array | None], meanwhile: Callable[[], Any] | None = None
+) -> tuple[Any, ...]:
+    """Several of ``product`` at once.
 
-    def run(*accumulators: Any) -> tuple[jax.Array, ...]:
+    Args:
+        sums: the operands of each, and what is added to them or None.
+        meanwhile: what to do while the matrix instructions run.
+
+    Returns:
+        The products, and then what ``meanwhile`` returned, if there is one.
+    """
+    if interpreted():
+        results = tuple(_interpreted_product(*operands_and_plus) for operands_and_plus in sums)
+        return results if meanwhile is None else (*results, meanwhile())
+
+    def run(*accumulators: Any) -> tuple[Any, ...]:
         for accumulator, (operands, plus) in zip(accumulators, sums, strict=True):
             if plus is not None:
                 accumulator[...] = plus
             for a, b in operands:
                 plgpu.wgmma(accumulator, a, b)
-        return tuple(accumulator[...] for accumulator in accumulators)
+        extra = () if meanwhile is None else (meanwhile(),)
+        return (*(accumulator[...] for accumulator in accumulators), *extra)
 
     shapes = [(operands[0][0].shape[0], operands[0][1].shape[1]) for operands, _ in sums]
     return pl.run_scoped(run, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes])

@@ -42,7 +42,10 @@ class Call:
 
     def prepared(self, arrays: Arrays, *names: str) -> Arrays:
         """The named arrays as kernels take them, those that are there, and "tokens"."""
-        prepared = {"tokens": tokens.pack(arrays["delta"], arrays["log_decay"], arrays.get("own_weight"))}
+        packed = arrays.get("tokens")
+        if packed is None:
+            packed = tokens.pack(arrays["delta"], arrays["log_decay"], arrays.get("own_weight"))
+        prepared = {"tokens": packed}
         for name in names:
             if name in ("x", "dy"):
                 prepared[name] = self.pad_tokens(arrays[name])
@@ -63,7 +66,7 @@ class Call:
         ends = states.scan(walk, inputs, reverse=reverse, save=False)["end"]
         if outside is None:
             outside = jnp.zeros_like(ends[:, 0])
-        totals = inputs["tokens"][:, : self.heads, :, 0, -1]
+        totals = _pad(inputs["tokens"][:, : self.heads, :, 0, -1], 2, self.plan.parts * walk.chunks_per_part)
         log_decay = jnp.sum(totals.reshape(self.batch, self.heads, self.plan.parts, walk.chunks_per_part), axis=-1)
         log_decay = jnp.swapaxes(jnp.repeat(log_decay, self.pieces, axis=1), 1, 2)
         return {"start": parts.starts(ends, outside, log_decay, reverse=reverse)}

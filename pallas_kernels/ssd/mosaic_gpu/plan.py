@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, TOKEN_ROWS
+from pallas_kernels.ssd.mosaic_gpu.blocks import AHEAD, CHANNELS, CHUNK, TOKEN_ROWS
 
 _MULTIPROCESSORS = 132
 """Of an H100 or H200. Others are not far from it, and a plan for the wrong number is only somewhat slower."""
@@ -21,7 +21,7 @@ class Plan:
     states: tuple[int, int]
     """The same for the kernel that walks for the states alone."""
     parts: int
-    """Pieces of the length that run at the same time, in both; they divide the chunks."""
+    """Pieces of the length that run at the same time, in both."""
     stages: int
     """Heads in shared memory at once in the backward kernel."""
     splits: int
@@ -39,49 +39,58 @@ def choose(batch: int, chunks: int, heads: int, groups: int, state: int) -> Plan
         state: size of each channel's state, as padded.
     """
     members = heads // groups
-    forward = _walk(batch * heads, members, state, matrices=2, squares=1, masks=1)
-    states = _walk(batch * heads, members, state, matrices=1, squares=0, masks=0)
+    forward = _forward(members, state)
+    parts = _parts(batch * groups * -(-members // forward[0]), chunks)
+    states = _walk(batch * heads * parts, members, state)
     slots = CHUNK * CHANNELS * 2 * 2 + CHANNELS * state * 2 * 2 + TOKEN_ROWS * CHUNK * 4
     fixed = 2 * CHUNK * state * 2 + 5 * CHUNK * CHUNK * 2
     return Plan(
         forward=forward,
         states=states,
-        parts=_parts(batch * heads, chunks),
-        stages=max(1, min(3, members, (_SHARED_MEMORY - fixed) // slots)),
+        parts=parts,
+        stages=max(1, min(2, members, (_SHARED_MEMORY - fixed) // slots)),
         splits=_splits(batch * chunks * groups, members),
     )
 
 
-def _walk(units: int, members: int, state: int, *, matrices: int, squares: int, masks: int) -> tuple[int, int]:
-    """Warpgroups and stages of a kernel that walks over the chunks.
+def _forward(members: int, state: int) -> tuple[int, int]:
+    """Heads and stages of the forward kernel."""
+    square = CHUNK * CHANNELS * 2
+    for heads in (2, 1) if members > 1 and state <= 128 else (1,):
+        for stages in (3, 2):
+            stage = 2 * CHUNK * state * 2 + heads * (square + TOKEN_ROWS * CHUNK * 4)
+            fixed = heads * (AHEAD * (square + 2 * CHUNK * 4) + CHANNELS * state * 2)
+            if stages * stage + fixed <= _SHARED_MEMORY:
+                return heads, stages
+    raise ValueError(f"no plan for a state of {state}")
+
+
+def _walk(units: int, members: int, state: int) -> tuple[int, int]:
+    """Warpgroups and stages of the kernel that walks over the chunks for their states.
 
     Args:
-        units: heads times batch.
+        units: heads times batch times parts.
         members: heads of a group.
         state: size of the state.
-        matrices: inputs that the warpgroups of a block share.
-        squares: buffers of the size of a chunk's x that each warpgroup works with, besides one for a state.
-        masks: such buffers of the block.
     """
     most = 3 if state <= 128 else 2
     if units <= 2 * _MULTIPROCESSORS:
         most = 1 if units <= _MULTIPROCESSORS else 2
-    square = CHUNK * CHANNELS * 2
     for warpgroups in range(min(most, members), 0, -1):
         for stages in (3, 2):
-            shared = stages * matrices * CHUNK * state * 2 + masks * square
-            each = stages * (square + TOKEN_ROWS * CHUNK * 4) + CHANNELS * state * 2 + squares * square
-            if shared + warpgroups * each <= _SHARED_MEMORY:
+            each = stages * (CHUNK * CHANNELS * 2 + TOKEN_ROWS * CHUNK * 4) + CHANNELS * state * 2
+            if stages * CHUNK * state * 2 + warpgroups * each <= _SHARED_MEMORY:
                 return warpgroups, stages
     raise ValueError(f"no plan for a state of {state}")
 
 
-def _parts(units: int, chunks: int) -> int:
-    """Parts of the length, where the heads are too few to fill the GPU."""
-    if 2 * units > _MULTIPROCESSORS:
+def _parts(blocks: int, chunks: int) -> int:
+    """Parts of the length, where the blocks of the forward kernel are too few to fill the GPU."""
+    if 2 * blocks > _MULTIPROCESSORS:
         return 1
-    wanted = max(1, min(3 * _MULTIPROCESSORS // units, chunks // 4))
-    return next(parts for parts in range(wanted, 0, -1) if chunks % parts == 0)
+    # Fewer chunks than these are not worth the walk that finds out what each part begins with.
+    chunks_per_part = max(-(-chunks * blocks // _MULTIPROCESSORS), 4)
+    return -(-chunks // chunks_per_part)
 
 
 def _splits(blocks: int, members: int) -> int:

@@ -55,7 +55,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
                 own_bias = gmem[bias].at[p.token_head(block.head)] if bias in gmem else None
                 turning.turn_into(refs[matrix], refs[matrix], turning.turn_by(refs["angles"]), own_bias)
                 plgpu.commit_smem()
-            weighted = blocks.load(blocks.transposed(refs[signal])) * blocks.by_column(weight, CHANNELS)
+            signals = blocks.load_operand(blocks.transposed(refs[signal]))
+            weighted = signals * blocks.by_column(weight.astype(dtype), CHANNELS)
             if save:
                 buffer = smem["state"].at[block.warpgroup]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -63,7 +64,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(buffer, gmem["states"].at[block.batch, block.head, chunk])
             release()
-            return blocks.product((weighted.astype(dtype), refs[matrix]), plus=state * jnp.exp2(whole))
+            return blocks.product((weighted, refs[matrix]), plus=state * jnp.exp2(whole))
 
         state = p.walk(gmem, smem, block, [matrix], signal, step, p.start(gmem, block), reverse=reverse)
         store(gmem["end"].at[block.batch, block.part, block.head], state)

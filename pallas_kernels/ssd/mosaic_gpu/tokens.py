@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -77,8 +78,6 @@ def pack(
         "ends": plgpu.SMEM((2, WARPS, _PITCH), jnp.float32),
     }
 
-    copied = [name for name in inputs if name != "log_decay"]
-
     def pack_tokens(gmem: Refs, smem: Refs) -> None:
         batch, chunk = lax.axis_index("batch"), lax.axis_index("chunk")
         heads = pl.ds(lax.axis_index("heads") * _HEADS, _HEADS)
@@ -86,9 +85,13 @@ def pack(
         def step(name: str, i: Any) -> jax.Array:
             return plgpu.load(gmem[name].at[batch, chunk, :, i, heads], layout=_BY_HEAD, optimized=False)
 
+        # All loads before anything that waits for one.
+        log_decays, deltas = ([step(name, i) for i in range(_STEPS)] for name in ("log_decay", "delta"))
+        own_weights = [] if own_weight is None else [step("own_weight", i) for i in range(_STEPS)]
+
         # First the sum of each warp's tokens, then cumulative sums that start with those of the warps before.
         zeros = plgpu.layout_cast(jnp.zeros((WARPS, _HEADS), jnp.float32), _BY_HEAD)
-        end = lax.fori_loop(0, _STEPS, lambda i, total: _add(total, step("log_decay", i)), (zeros, zeros))
+        end = functools.reduce(_add, log_decays, (zeros, zeros))
         for ref, part in zip((smem["ends"].at[0], smem["ends"].at[1]), end, strict=True):
             store(ref.at[:, :_HEADS], part)
         synchronize()
@@ -103,14 +106,12 @@ def pack(
             high, low = _add(total, parts[0])
             total = high, low + parts[1]
 
-        def keep(i: Any, total: _Sum) -> _Sum:
-            total = _add(total, step("log_decay", i))
+        for i, (log_decay, delta) in enumerate(zip(log_decays, deltas, strict=True)):
+            total = _add(total, log_decay)
             store(smem["rows"].at[0, :, i, :_HEADS], total[0] + total[1])
-            for row, name in enumerate(copied, 1):
-                store(smem["rows"].at[row, :, i, :_HEADS], step(name, i))
-            return total
-
-        lax.fori_loop(0, _STEPS, keep, total)
+            store(smem["rows"].at[1, :, i, :_HEADS], delta)
+            if own_weight is not None:
+                store(smem["rows"].at[2, :, i, :_HEADS], own_weights[i])
         synchronize()
         totals, deltas, *own_weights = (
             plgpu.load(smem["rows"].at[i, :, :, :_HEADS].transpose((2, 0, 1)), layout=_BY_TOKEN, optimized=False)

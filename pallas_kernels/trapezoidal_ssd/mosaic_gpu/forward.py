@@ -78,7 +78,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
             plgpu.copy_smem_to_gmem(refs["x"], gmem["y"].at[block.batch, rows, channels])
             if save_states:
 
-                @pl.when(lax.rem(chunk + 1, p.chunks_per_part) != 0)
+                @pl.when((lax.rem(chunk + 1, p.chunks_per_part) != 0) & (chunk + 1 < p.chunks))
                 def _() -> None:
                     plgpu.copy_smem_to_gmem(B, gmem["states"].at[block.batch, block.head, chunk + 1])
 
