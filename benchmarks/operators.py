@@ -15,6 +15,8 @@ from pallas_kernels.selective_scan import flops as selective_scan_flops
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.ssd import flops as ssd_flops
 from pallas_kernels.ssd import ssd
+from pallas_kernels.trapezoidal_ssd import flops as trapezoidal_ssd_flops
+from pallas_kernels.trapezoidal_ssd import trapezoidal_ssd
 
 Shape = Mapping[str, int]
 Arrays = dict[str, jax.Array]
@@ -127,6 +129,44 @@ def _ssd_costs(shape: Shape, direction: Direction) -> Costs:
     return Costs(moved, flops, count.exponentials(*sizes[:3]))
 
 
+def _make_trapezoidal_ssd(key: jax.Array, shape: Shape) -> Arrays:
+    token = [shape[dim] for dim in ("batch", "length", "heads")]
+    heads, head_dim, groups, rank, state = (shape[dim] for dim in ("heads", "head_dim", "groups", "rank", "state"))
+    keys = jax.random.split(key, 9)
+    # As Mamba-3 begins with: step sizes as in Mamba-2, decay rates of about one, biases of one.
+    arrays = {
+        "x": _normal(keys[0], *token, head_dim),
+        "delta": _normal(keys[1], *token),
+        "A": -jax.nn.softplus(_normal(keys[2], *token)) - 1e-4,
+        "B": _normal(keys[3], *token[:2], groups, rank, state),
+        "C": _normal(keys[4], *token[:2], groups, rank, state),
+        "lambda_": jax.nn.sigmoid(_normal(keys[5], *token)),
+        "theta": jnp.tanh(_normal(keys[6], *token[:2], shape["pairs"])),
+        "D": _normal(keys[7], heads, dtype=jnp.float32),
+        "delta_bias": jax.random.uniform(keys[8], (heads,), minval=-7.0, maxval=-2.0),
+        "B_bias": jnp.ones((heads, rank, state)),
+        "C_bias": jnp.ones((heads, rank, state)),
+    }
+    if rank > 1:
+        arrays |= dict.fromkeys(("mimo_x", "mimo_o"), jnp.full((heads, rank, head_dim), 1 / rank))
+    return arrays
+
+
+def _call_trapezoidal_ssd(arrays: Arrays, implementation: str) -> jax.Array:
+    return trapezoidal_ssd(**arrays, delta_softplus=True, implementation=implementation)  # type: ignore[return-value]
+
+
+def _trapezoidal_ssd_costs(shape: Shape, direction: Direction) -> Costs:
+    sizes = [shape[dim] for dim in ("batch", "length", "heads", "head_dim", "state")]
+    count, ranks = trapezoidal_ssd_flops, {"pairs": shape["pairs"], "rank": shape["rank"]}
+    options = {**ranks, "groups": shape["groups"], "itemsize": DTYPE.itemsize}
+    if direction == "forward":
+        moved, flops = count.forward_bytes(*sizes, **options), count.forward(*sizes, **ranks)
+    else:
+        moved, flops = count.backward_bytes(*sizes, **options), count.backward(*sizes, **ranks)
+    return Costs(moved, flops, count.exponentials(*sizes[:4], **ranks))
+
+
 def _make_causal_conv1d(key: jax.Array, shape: Shape) -> Arrays:
     batch, length, channels, width = (shape[dim] for dim in ("batch", "length", "channels", "width"))
     keys = jax.random.split(key, 3)
@@ -204,6 +244,24 @@ OPERATORS = {
             _make_ssd,
             _call_ssd,
             _ssd_costs,
+            ("mosaic_gpu", "xla"),
+            independent_dim="heads",
+        ),
+        Operator(
+            "trapezoidal_ssd",
+            {
+                "x": _HEADS,
+                **dict.fromkeys(("delta", "A", "lambda_"), _HEADS[:3]),
+                **dict.fromkeys(("B", "C"), ("batch", "length", "groups", "rank", "state")),
+                "theta": ("batch", "length", "pairs"),
+                **dict.fromkeys(("D", "delta_bias"), ("heads",)),
+                **dict.fromkeys(("B_bias", "C_bias"), ("heads", "rank", "state")),
+                **dict.fromkeys(("mimo_x", "mimo_o"), ("heads", "rank", "head_dim")),
+            },
+            _HEADS,
+            _make_trapezoidal_ssd,
+            _call_trapezoidal_ssd,
+            _trapezoidal_ssd_costs,
             ("mosaic_gpu", "xla"),
             independent_dim="heads",
         ),

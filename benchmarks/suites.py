@@ -99,10 +99,11 @@ def _calls(sizes: Sizes, names: Sequence[str], suite: str) -> Iterator[tuple[Ope
                     yield ATTENTION, {"batch": 1, "length": length, "heads": heads, "head_dim": sizes.head_dim}
         case "state":
             for state in sizes.states:
+                of_state = dataclasses.replace(sizes, state=state, ssd_state=state)
                 for name in names:
-                    if OPERATORS[name].has_state:
-                        shape = _shape(sizes, name, *sizes.state_tokens, sizes.sweep_channels)
-                        yield OPERATORS[name], {**shape, "state": state}
+                    # A state of 1 has no pairs that could rotate.
+                    if OPERATORS[name].has_state and not (name == "trapezoidal_ssd" and state == 1):
+                        yield OPERATORS[name], _shape(of_state, name, *sizes.state_tokens, sizes.sweep_channels)
         case _:
             raise ValueError(f"suite must be one of {SUITES}, got {suite!r}")
 
@@ -112,6 +113,10 @@ def _shape(sizes: Sizes, name: str, batch: int, length: int, channels: int) -> S
         case "ssd":
             heads = {"heads": channels // sizes.head_dim, "head_dim": sizes.head_dim, "groups": 1}
             return {"batch": batch, "length": length, **heads, "state": sizes.ssd_state}
+        case "trapezoidal_ssd":
+            ssd = _shape(sizes, "ssd", batch, length, channels)
+            # A rank of one is SISO; half of the state rotates, in pairs.
+            return {**ssd, "rank": 1, "pairs": max(1, sizes.ssd_state // 4)}
         case "causal_conv1d":
             return {"batch": batch, "length": length, "channels": channels, "width": sizes.width}
         case _:

@@ -74,7 +74,7 @@ def main() -> None:
             for chosen in plans(SHAPES[name]):
                 label = " ".join(f"{field} {value}" for field, value in dataclasses.asdict(chosen).items())
                 variants.append(Variant(kind, SHAPES[name], label, make(chosen)))
-    tune(variants, deadline)
+    tune(variants, deadline, _arrays)
 
 
 def _default(shape: Shape) -> Plan:
@@ -105,14 +105,20 @@ def backward_plans(shape: Shape) -> Iterator[Plan]:
             yield dataclasses.replace(default, parts=parts, states=walk)
 
 
-def tune(variants: list[Variant], deadline: float) -> None:
-    """Compiles all variants, many at a time, then times one after the other and prints a line for each."""
+def tune(variants: list[Variant], deadline: float, make: Callable[[Shape, int], dict[str, jax.Array]]) -> None:
+    """Compiles all variants, many at a time, then times one after the other and prints a line for each.
+
+    Args:
+        variants: what to time.
+        deadline: by ``time.monotonic``, after which no new ones are started.
+        make: ``make(shape, seed)`` draws what a variant's function is called with.
+    """
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         compiled = []
         for variant in variants:
             # Tracing is done one after the other: it is Python's.
             try:
-                lowered = jax.jit(variant.run).lower(jax.eval_shape(lambda shape=variant.shape: _arrays(shape, 0)))
+                lowered = jax.jit(variant.run).lower(jax.eval_shape(lambda shape=variant.shape: make(shape, 0)))
             except Exception as problem:
                 compiled.append(problem)
             else:
@@ -126,7 +132,7 @@ def tune(variants: list[Variant], deadline: float) -> None:
             if (variant.title, variant.shape) != shown:
                 print(f"== {variant.title} {variant.shape}", flush=True)
                 if shown is None or variant.shape != shown[1]:
-                    sets = _input_sets(variant.shape)
+                    sets = _input_sets(variant.shape, make)
                 shown, expected = (variant.title, variant.shape), None
             try:
                 if isinstance(program, Exception):
@@ -163,10 +169,10 @@ def _whole_gradient(arrays: dict[str, jax.Array]) -> Any:
 _WHOLE = {"forward": _whole_forward, "forward and backward": _whole_gradient}
 
 
-def _input_sets(shape: Shape) -> list[dict[str, jax.Array]]:
+def _input_sets(shape: Shape, make: Callable[[Shape, int], dict[str, jax.Array]]) -> list[dict[str, jax.Array]]:
     batch, length, heads, head_dim, _, _ = shape
     count = max(1, round(3 * L2_BYTES / (batch * length * heads * head_dim * 2 * 2)))
-    return [_arrays(shape, seed) for seed in range(min(count, 8))]
+    return [make(shape, seed) for seed in range(min(count, 8))]
 
 
 @functools.partial(jax.jit, static_argnums=0)

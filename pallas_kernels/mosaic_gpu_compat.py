@@ -19,6 +19,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 __all__ = [
     "LANES",
+    "MAX_SHARED_MEMORY",
     "WARPS",
     "WGMMA",
     "arith",
@@ -39,6 +40,9 @@ WARPS = 4
 """Warps of a warpgroup, which is what Pallas calls a thread on this backend."""
 LANES = 32
 """Lanes of a warp."""
+
+MAX_SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that a block may have on Hopper."""
 
 # Consumer GPUs after Hopper have the bulk copies but less than half of the shared memory.
 _BULK_COPIES = {"9.0": "Hopper", "10.0": "Blackwell"}

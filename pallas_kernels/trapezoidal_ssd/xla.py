@@ -1,14 +1,9 @@
 """The trapezoidal SSD operator out of XLA operations: any backend, any dtype, memory for a state per chunk.
 
-What the next token will add for this one, (1 - lambda) delta of the next times the input of this, can as well be added
-at once: the next token then finds it in the state and lets it decay. So the recurrence is that of ``ssd`` with the
-weight lambda[t] delta[t] + (1 - lambda[t+1]) delta[t+1] in place of delta[t], except that a token's own output must not
-see what is added for the next: on the diagonal of the masked attention the weight is lambda[t] delta[t].
-
-One pass of ``pallas_kernels.ssd.chunked`` computes it. Within a chunk B and C are turned by the angle since its start,
-a rotary embedding, and the state stands still; behind the chunk it is turned by the whole angle. Heads rotate by angles
-of their own, and so have B and C of their own; these exist for a chunk at a time. The backward pass keeps the state
-before each chunk and recomputes the rest.
+With one input a token (``weights.py``) one pass of ``pallas_kernels.ssd.chunked`` computes it. Within a chunk B and C
+are turned by the angle since its start, a rotary embedding, and the state stands still; behind the chunk it is turned
+by the whole angle. Heads rotate by angles of their own, and so have B and C of their own; these exist for a chunk at a
+time. The backward pass keeps the state before each chunk and recomputes the rest.
 
 An angle since the start of the sequence would do for B and C too, but in its gradient, a sum over the rest of the
 sequence, nearly all terms cancel: it would drown in the rounding of bfloat16.
@@ -25,12 +20,11 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.ssd import chunked
-from pallas_kernels.trapezoidal_ssd import ranks
+from pallas_kernels.trapezoidal_ssd import ranks, weights
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
 from pallas_kernels.trapezoidal_ssd.rotation import cumulative_angle, rotate, turn_by
 
@@ -62,34 +56,23 @@ def trapezoidal_ssd(
     inputs: Inputs, *, delta_softplus: bool, norm_epsilon: float, chunk_size: int | None
 ) -> tuple[jax.Array, ...]:
     """Computes y and the parts of the final state; see ``Inputs``."""
-    dtype = inputs.real_dtype
     length, rank = inputs.x.shape[1], inputs.B.shape[3]
     delta = inputs.step_sizes(delta_softplus=delta_softplus)
-    lambda_ = inputs.lambda_.astype(dtype)
-    for_previous = (1 - lambda_) * delta
     tokens = _Tokens(
         x=inputs.x,
         delta=delta,
-        log_decay=delta * inputs.A.astype(dtype),
-        # Nothing comes after the last token, and what the last of a segment leaves for the next one is not seen there.
-        weight=lambda_ * delta + jnp.pad(for_previous[:, 1:], ((0, 0), (0, 1), (0, 0))),
-        own_weight=lambda_ * delta,
+        **weights.weights(inputs, delta)._asdict(),
         B=inputs.B,
         C=inputs.C,
-        theta=inputs.theta.astype(dtype),
+        theta=inputs.theta.astype(delta.dtype),
         z=inputs.z,
         starts=None if inputs.segment_ids is None else segment_starts(inputs.segment_ids),
-    )
-    before = ranks.input_per_rank(inputs.initial_x, inputs) * for_previous[:, 0, :, None, None]
-    h = inputs.initial_ssm + jnp.einsum(
-        "bhrp,bhrn->bhpn", before, inputs.initial_B, precision=jax.lax.Precision.HIGHEST
     )
     # A loop keeps its recomputation apart from the forward pass: no barriers are needed.
     chunk = jax.checkpoint(functools.partial(_chunk, inputs=inputs, norm_epsilon=norm_epsilon), prevent_cse=False)
     size = min(chunk_size or max(1, chunked.default_chunk_size() // rank), length)
-    h, y = jax.lax.scan(chunk, h, chunked.cut(tokens, size))
-    last_B = ranks.matrix_per_head(inputs.B[:, -1], inputs.B_bias, inputs)
-    return chunked.join(y, length), h, last_B, inputs.x[:, -1].astype(dtype)
+    h, y = jax.lax.scan(chunk, weights.state_before(inputs, delta), chunked.cut(tokens, size))
+    return chunked.join(y, length), h, *weights.last_token(inputs)
 
 
 def _chunk(

@@ -45,7 +45,7 @@ def test_writes_table_json_and_pictures(tmp_path, capsys):
     assert measured == {
         *(("shapes", name, direction) for name in OPERATORS for direction in both),
         *(("length", name, direction) for name in (*OPERATORS, "attention") for direction in both),
-        *(("state", name, direction) for name in ("selective_scan", "ssd") for direction in both),
+        *(("state", name, direction) for name in ("selective_scan", "ssd", "trapezoidal_ssd") for direction in both),
     }
     assert report["device"] == jax.devices()[0].device_kind
     assert report["versions"]["jax"] == jax.__version__
@@ -55,6 +55,7 @@ def test_writes_table_json_and_pictures(tmp_path, capsys):
         "selective_scan_by_state",
         "ssd_by_length",
         "ssd_by_state",
+        "trapezoidal_ssd_by_state",
         "causal_conv1d_by_length",
     ):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -117,7 +118,10 @@ def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["selectve_scan"], r"no operator is called 'selectve_scan'. There are selective_scan, ssd, causal_conv1d"),
+        (
+            ["selectve_scan"],
+            r"no operator is called 'selectve_scan'. There are selective_scan, ssd, trapezoidal_ssd, causal_conv1d",
+        ),
         (["--samples", "1"], "--samples must be at least 2, got 1"),
     ],
 )

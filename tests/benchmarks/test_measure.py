@@ -17,6 +17,16 @@ from benchmarks.suites import Case
 SHAPES = {
     "selective_scan": {"batch": 2, "length": 16, "channels": 24, "state": 4},
     "ssd": {"batch": 2, "length": 16, "heads": 16, "head_dim": 4, "groups": 1, "state": 4},
+    "trapezoidal_ssd": {
+        "batch": 2,
+        "length": 16,
+        "heads": 16,
+        "head_dim": 4,
+        "groups": 1,
+        "rank": 2,
+        "state": 4,
+        "pairs": 1,
+    },
     "causal_conv1d": {"batch": 2, "length": 16, "channels": 24, "width": 4},
 }
 LIMITS = Limits("a device", bytes=1e9, flops=None, exponentials=None)
@@ -51,7 +61,10 @@ class TestErrors:
         assert right.is_right
         assert not wrong.is_right
         # The gradients of A, B, weight … are sums over what was left out.
-        tokens = {"x", "delta", "z"} & set(OPERATORS[name].dims)
+        tokens = {"x", "delta", "z", "lambda_"} & set(OPERATORS[name].dims)
+        if name == "trapezoidal_ssd":
+            # Its rates are tokens'.
+            tokens.add("A")
         assert set(right.errors) == ({"y"} if direction == "forward" else tokens)
 
 

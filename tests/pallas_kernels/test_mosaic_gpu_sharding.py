@@ -12,6 +12,7 @@ from pallas_kernels.selective_scan import mosaic_gpu as scan_kernels
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.ssd import mosaic_gpu as ssd_kernels
 from pallas_kernels.ssd import ssd
+from pallas_kernels.trapezoidal_ssd import trapezoidal_ssd
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +82,35 @@ def test_ssd_and_its_gradients_lower_on_a_mesh(sizes):
             for name, (shape, spec) in shapes_and_specs.items()
         }
         segment_ids = jnp.zeros((4, 1024), jnp.int32, out_sharding=P("data", "sequence"))
+        traced = jax.jit(jax.value_and_grad(loss)).trace(arrays, segment_ids)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 4
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 2, 1)])
+def test_trapezoidal_ssd_and_its_gradients_lower_on_a_mesh(sizes):
+    axes = ("data", "sequence", "tensor")
+    matrix = P("data", "sequence", None, None, None)
+    shapes_and_specs = {
+        "x": ((4, 256, 4, 64), P(*axes, None)),
+        **dict.fromkeys(("delta", "A", "lambda_"), ((4, 256, 4), P(*axes))),
+        **dict.fromkeys(("B", "C"), ((4, 256, 1, 2, 64), matrix)),
+        "theta": ((4, 256, 16), P("data", "sequence", None)),
+        "D": ((4,), P("tensor")),
+        **dict.fromkeys(("B_bias", "C_bias"), ((4, 2, 64), P("tensor", None, None))),
+    }
+
+    def loss(arrays, segment_ids):
+        options = {"return_final_state": True, "implementation": "mosaic_gpu"}
+        y, state = trapezoidal_ssd(**arrays, segment_ids=segment_ids, **options)
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state.ssm)
+
+    with jax.set_mesh(jax.make_mesh(sizes, axes, axis_types=(AxisType.Explicit,) * 3)):
+        arrays = {
+            name: jnp.zeros(shape, jnp.float32 if len(shape) < 4 else jnp.bfloat16, out_sharding=spec)
+            for name, (shape, spec) in shapes_and_specs.items()
+        }
+        segment_ids = jnp.zeros((4, 256), jnp.int32, out_sharding=P("data", "sequence"))
         traced = jax.jit(jax.value_and_grad(loss)).trace(arrays, segment_ids)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 4

@@ -373,5 +373,5 @@ def test_mistakes_name_the_argument_and_what_would_fit(no_shape_checks):
 
 def test_a_named_implementation_never_falls_back():
     inputs, _ = make_inputs(bare=True)
-    with pytest.raises(UnsupportedError, match="'mosaic_gpu' cannot run this call: trapezoidal_ssd has no mosaic_gpu"):
+    with pytest.raises(UnsupportedError, match="'mosaic_gpu' cannot run this call: x, B and C must be bfloat16"):
         run(cast(inputs, jnp.float32), implementation="mosaic_gpu")

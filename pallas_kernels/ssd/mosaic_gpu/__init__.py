@@ -21,7 +21,7 @@ MAX_STATE = 256
 _PARAMETERS = ("D",)
 _SAVED = ("states", "tokens")
 """What the backward pass wants of the forward pass."""
-_FORGET = -1e4
+FORGET = -1e4
 """Logarithm of the decay where a segment starts: nothing is left."""
 
 
@@ -30,12 +30,16 @@ def unsupported_reason(
 ) -> str | None:
     """Says what stands in the way of running these kernels here, or None."""
     del delta_softplus, delta_limit
-    for name in ("x", "B", "C"):
-        dtype = getattr(inputs, name).dtype
-        if dtype != jnp.bfloat16:
-            return f"x, B and C must be bfloat16, {name} is {dtype}; implementation='xla' computes in float32"
-    if inputs.B.shape[3] > MAX_STATE:
-        return f"state must be at most {MAX_STATE}, got {inputs.B.shape[3]}; implementation='xla' takes any"
+    return unsupported_matrices(inputs.x, inputs.B, inputs.C, chunk_size)
+
+
+def unsupported_matrices(x: jax.Array, B: jax.Array, C: jax.Array, chunk_size: int | None) -> str | None:
+    """Says what keeps the kernels from these arrays, of which B and C end with the state, or None."""
+    for name, array in (("x", x), ("B", B), ("C", C)):
+        if array.dtype != jnp.bfloat16:
+            return f"x, B and C must be bfloat16, {name} is {array.dtype}; implementation='xla' computes in float32"
+    if B.shape[-1] > MAX_STATE:
+        return f"state must be at most {MAX_STATE}, got {B.shape[-1]}; implementation='xla' takes any"
     if chunk_size not in (None, CHUNK):
         return f"chunk_size must be None or {CHUNK}, got {chunk_size}; implementation='xla' takes any"
     return missing_hardware(WGMMA)
@@ -49,7 +53,7 @@ def ssd(
     delta = inputs.step_sizes(delta_softplus=delta_softplus, delta_limit=delta_limit)
     log_decay = delta * inputs.A.astype(jnp.float32)
     if inputs.segment_ids is not None:
-        log_decay = jnp.where(segment_starts(inputs.segment_ids)[..., None], _FORGET, log_decay)
+        log_decay = jnp.where(segment_starts(inputs.segment_ids)[..., None], FORGET, log_decay)
     arrays = {"x": inputs.x, "delta": delta, "log_decay": log_decay, "B": inputs.B, "C": inputs.C}
     if inputs.D is not None:
         arrays["D"] = inputs.D.astype(jnp.float32)
@@ -122,12 +126,11 @@ def backward_pass(call: Call, arrays: Arrays) -> Arrays:
     walked = states.scan(walk, inputs | start, reverse=True, save=True)
     inputs |= {"states": arrays["states"], "dstates": walked["states"]}
     results = backward.scan(walk, inputs, splits=call.plan.splits, stages=call.plan.stages)
-    found = slopes.Slopes(*(call.by_head(results[name]) for name in slopes.Slopes._fields))
-    ddelta, dlog_decay = slopes.gradients(found, inputs["tokens"][:, : call.heads])
+    found = slopes.Slopes(*(call.by_head(results[n]) for n in slopes.names(own_weights=False)))
+    numbers = slopes.gradients(found, inputs["tokens"][:, : call.heads])
     gradients = {
         "x": call.trim_tokens(results["dx"], arrays["x"]),
-        "delta": call.trim_numbers(ddelta),
-        "log_decay": call.trim_numbers(dlog_decay),
+        **{name: call.trim_numbers(gradient) for name, gradient in numbers.items()},
         **{name: call.trim_matrix(jnp.sum(results[f"d{name}"], axis=0)) for name in ("B", "C")},
     }
     if "D" in arrays:

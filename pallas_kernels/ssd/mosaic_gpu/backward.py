@@ -18,9 +18,8 @@ from jax import lax
 
 from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
-from pallas_kernels.ssd.mosaic_gpu import blocks
+from pallas_kernels.ssd.mosaic_gpu import blocks, slopes
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem
-from pallas_kernels.ssd.mosaic_gpu.slopes import Slopes
 
 MAX_COLUMNS = 128
 """States whose gradients of B and C fit in registers; more take a pass for each so many."""
@@ -46,7 +45,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
 
     Returns:
         "dx"; "dB" and "dC", (splits, batch, length, groups · state), to be summed; with D also "dD", (batch, chunks,
-        heads, CHANNELS), to be summed; and the fields of ``slopes.Slopes``.
+        heads, CHANNELS), to be summed; and those of ``slopes.names``.
     """
     results: dict[str, jax.Array] = {}
     matrices = []
@@ -88,7 +87,7 @@ class _Backward:
         outputs: dict[str, Any] = {
             "dx": jax.ShapeDtypeStruct(inputs["x"].shape, dtype),
             **{name: jax.ShapeDtypeStruct(matrix_dims, jnp.float32) for name in ("dB", "dC")},
-            **{name: p.tokens_type() for name in Slopes._fields},
+            **{name: p.tokens_type() for name in slopes.names(own_weights=False)},
         }
         if "D" in inputs:
             outputs["dD"] = jax.ShapeDtypeStruct((p.batch, p.chunks, p.heads, CHANNELS), jnp.float32)

@@ -24,7 +24,9 @@ STATE_UNIT = 64
 AHEAD = 2
 """Chunks whose weights the forward kernel has in shared memory at once: one in use, one in the making."""
 TOKEN_ROWS = 3
-"""Numbers of a head and token in "tokens"; see ``tokens.pack``."""
+"""Numbers of a head and token in "tokens", see ``tokens.pack``; own weights are one more."""
+OWN_WEIGHT = TOKEN_ROWS
+"""The row of own weights."""
 
 LAYOUT = plgpu.Layout.WGMMA
 """Registers of a matrix: 16 rows a warp, as matrix instructions leave their results."""
@@ -52,7 +54,7 @@ class Problem:
 
     The kernels' inputs are, in 16 bits: "x" and "dy", (batch, length, heads · CHANNELS); "B" and "C", (batch, length,
     groups · state); "states" and "dstates", (batch, heads, chunks, CHANNELS, state), a state before and a gradient
-    after each chunk. In float32: "tokens", (batch, heads / pieces, chunks, TOKEN_ROWS, CHUNK), or with more heads; "D",
+    after each chunk. In float32: "tokens", (batch, heads / pieces, chunks, token_rows, CHUNK), or with more heads; "D",
     (heads, CHANNELS); perhaps "start", (batch, parts, heads, CHANNELS, state), what a walk begins with, or else zeros.
     The length is a whole number of chunks.
     """
@@ -70,6 +72,28 @@ class Problem:
     """Chunks in shared memory at once, one in use and the others on their way."""
     parts: int
     """Pieces that the length is cut into, which run at the same time; the last one may be shorter, but not empty."""
+    rank: int = 1
+    """Rows of a chunk that are one token, the inputs and outputs of which see each other; it divides the chunk."""
+    own_weights: bool = False
+    """Whether a token's input enters the token's own output with a weight of its own."""
+    pairs: int = 0
+    """Angles of a head and token in "angles", 16-bit integers, (batch, heads / pieces, chunks, CHUNK, pairs). Where
+    there are some, kernels turn what they load to make a group's B and C; see ``turning``."""
+    shared_by: int = 1
+    """Groups in a row whose B and C are the same as they are loaded."""
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Inputs of numbers by head and token."""
+        return ("tokens", "angles") if self.pairs else ("tokens",)
+
+    def matrix_columns(self, group: Any) -> Any:
+        """Where the states of a group's B and C are in memory."""
+        return pl.ds(group // self.shared_by * self.state, self.state)
+
+    @property
+    def token_rows(self) -> int:
+        return TOKEN_ROWS + self.own_weights
 
     @property
     def chunks_per_part(self) -> int:
@@ -128,11 +152,14 @@ class Problem:
     def walk_buffers(self, matrices: Sequence[str], signal: str, dtype: Any) -> dict[str, Any]:
         """Shared memory and barriers of ``walk``."""
         per_head = (self.warpgroups, self.stages)
+        angles = {"angles": plgpu.SMEM((*per_head, CHUNK, self.pairs), jnp.int16)} if self.pairs else {}
+        arrivals = len(matrices) + (1 + len(self.numbers)) * self.warpgroups
         return {
             **{name: operand(self.stages, CHUNK, self.state, dtype=dtype) for name in matrices},
+            **angles,
             signal: operand(*per_head, CHUNK, CHANNELS, dtype=dtype),
-            "tokens": plgpu.SMEM((*per_head, TOKEN_ROWS, CHUNK), jnp.float32),
-            "full": plgpu.Barrier(num_arrivals=len(matrices) + 2 * self.warpgroups, num_barriers=self.stages),
+            "tokens": plgpu.SMEM((*per_head, self.token_rows, CHUNK), jnp.float32),
+            "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.stages),
             "free": plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=self.stages),
         }
 
@@ -170,7 +197,7 @@ class Problem:
         def load(i: Any, slot: Any) -> None:
             rows, full = chunk_rows(chunk(i)), smem["full"].at[slot]
             for name in matrices:
-                columns = pl.ds(block.group * self.state, self.state)
+                columns = self.matrix_columns(block.group)
                 plgpu.copy_gmem_to_smem(gmem[name].at[block.batch, rows, columns], smem[name].at[slot], full)
             for warpgroup in range(self.warpgroups):
                 # The leader is warpgroup 0, so this is each one's head.
@@ -178,8 +205,9 @@ class Problem:
                 head = jnp.minimum(block.head + warpgroup, last)
                 source = gmem[signal].at[block.batch, rows, head_channels(head)]
                 plgpu.copy_gmem_to_smem(source, smem[signal].at[warpgroup, slot], full)
-                source = gmem["tokens"].at[block.batch, self.token_head(head), chunk(i)]
-                plgpu.copy_gmem_to_smem(source, smem["tokens"].at[warpgroup, slot], full)
+                for name in self.numbers:
+                    source = gmem[name].at[block.batch, self.token_head(head), chunk(i)]
+                    plgpu.copy_gmem_to_smem(source, smem[name].at[warpgroup, slot], full)
 
         is_leader = block.warpgroup == 0
 
@@ -205,7 +233,7 @@ class Problem:
 
             plgpu.barrier_wait(smem["full"].at[slot])
             refs = {name: smem[name].at[slot] for name in matrices}
-            refs |= {name: smem[name].at[block.warpgroup, slot] for name in (signal, "tokens")}
+            refs |= {name: smem[name].at[block.warpgroup, slot] for name in (signal, *self.numbers)}
             return step(chunk(i), refs, release, carry)
 
         carry = lax.fori_loop(0, count, walk_chunk, carry)
@@ -298,17 +326,21 @@ def by_column(numbers: jax.Array, rows: int) -> jax.Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(numbers, (rows, numbers.shape[0]), (1,)), LAYOUT)
 
 
-def decays(tokens: Any, *, transpose: bool = False) -> jax.Array:
+def decays(tokens: Any, *, transpose: bool = False, rank: int = 1) -> jax.Array:
     """What is left at the row's token of what the column's token added; where that comes later, whatever: infinite too.
 
     Args:
-        tokens: reference to a head's numbers in a chunk.
+        tokens: reference to a head's numbers in a chunk, own weights among them or not.
         transpose: whether rows and columns change places.
+        rank: rows that are one token.
     """
     here, there = (COLUMNS, ROWS) if transpose else (ROWS, COLUMNS)
     here_by, there_by = (by_column, by_row) if transpose else (by_row, by_column)
     exponent = here_by(load(tokens.at[0], here), CHUNK) - there_by(load(tokens.at[1], there), CHUNK)
-    return jnp.exp2(exponent)
+    if tokens.shape[0] == TOKEN_ROWS:
+        return jnp.exp2(exponent)
+    row, column = token_coordinates(rank)
+    return jnp.where(row == column, there_by(load(tokens.at[OWN_WEIGHT], there), CHUNK), jnp.exp2(exponent))
 
 
 def finite(decays: jax.Array) -> jax.Array:
@@ -320,3 +352,11 @@ def coordinates(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Row and column of every number of a matrix."""
     row, column = (plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=LAYOUT) for dim in (0, 1))
     return row, column
+
+
+def token_coordinates(rank: int) -> tuple[jax.Array, jax.Array]:
+    """Token of the row and of the column of every number of a chunk's attention, counted within the chunk."""
+    row, column = coordinates((CHUNK, CHUNK))
+    # Powers of two: shifts, where a division would be many instructions.
+    shift = rank.bit_length() - 1
+    return row >> shift, column >> shift

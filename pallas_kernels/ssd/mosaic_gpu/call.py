@@ -20,25 +20,32 @@ class Call:
     kernels' state is padded with zeros.
     """
 
-    def __init__(self, arrays: Arrays, chosen: Plan | None = None) -> None:
+    def __init__(self, arrays: Arrays, chosen: Plan | None = None, *, rank: int = 1) -> None:
+        self.rank, self.own_weights = rank, "own_weight" in arrays
+        self.pairs = arrays["angles"].shape[-1] if "angles" in arrays else 0
         self.batch, self.length, self.heads, self.head_dim = arrays["x"].shape
         self.groups, self.state = arrays["B"].shape[2:]
         self.pieces = math.ceil(self.head_dim / CHANNELS)
         self.chunks = math.ceil(self.length / CHUNK)
         self.padded_state = math.ceil(self.state / STATE_UNIT) * STATE_UNIT
-        sizes = self.batch, self.chunks, self.heads * self.pieces, self.groups, self.padded_state
+        # Heads that turn B and C by angles of their own have their own.
+        self.shared_by = self.heads // self.groups if self.pairs else 1
+        sizes = self.batch, self.chunks, self.heads * self.pieces, self.groups * self.shared_by, self.padded_state
         self.plan = chosen or plan.choose(*sizes)
 
     def problem(self, walk: tuple[int, int]) -> Problem:
         """The problem as cut for a kernel with these warpgroups and stages."""
         heads = self.heads * self.pieces
-        sizes = self.batch, self.chunks, heads, self.pieces, self.groups, self.padded_state
-        return Problem(*sizes, *walk, self.plan.parts)
+        sizes = self.batch, self.chunks, heads, self.pieces, self.groups * self.shared_by, self.padded_state
+        kinds = self.rank, self.own_weights, self.pairs, self.shared_by
+        return Problem(*sizes, *walk, self.plan.parts, *kinds)
 
     def prepared(self, arrays: Arrays, *names: str) -> Arrays:
         """The named arrays as kernels take them, those that are there, and "tokens"."""
-        saved = "tokens" in arrays
-        prepared = {"tokens": arrays["tokens"] if saved else tokens.pack(arrays["delta"], arrays["log_decay"])}
+        packed = arrays.get("tokens")
+        if packed is None:
+            packed = tokens.pack(arrays["delta"], arrays["log_decay"], arrays.get("own_weight"))
+        prepared = {"tokens": packed}
         for name in names:
             if name in ("x", "dy"):
                 prepared[name] = self.pad_tokens(arrays[name])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK, OWN_WEIGHT
 
 _Tokens = Float[Array, "batch heads chunks 64"]
 
@@ -26,10 +26,17 @@ class Slopes(NamedTuple):
     """What outputs of the chunk owe to the token."""
     across: _Tokens
     """Its sum over the chunk is what the state after the chunk owes to the one before, but for the decay between."""
+    own: _Tokens | None = None
+    """What the token's own outputs owe to it, where it has an own weight."""
 
 
-def gradients(slopes: Slopes, tokens: Float[Array, "batch heads chunks 3 64"]) -> tuple[_Tokens, _Tokens]:
-    """Gradients of ``delta`` and ``log_decay``, the arguments of ``tokens.pack``.
+def names(*, own_weights: bool) -> tuple[str, ...]:
+    """The fields of ``Slopes`` that are there."""
+    return Slopes._fields if own_weights else Slopes._fields[:-1]
+
+
+def gradients(slopes: Slopes, tokens: Float[Array, "batch heads chunks rows 64"]) -> dict[str, _Tokens]:
+    """Gradients of the arguments of ``tokens.pack``.
 
     A decay multiplies what passes through it: from tokens of its chunk before it, or from the state before the chunk,
     to outputs of its chunk from it on, or to the state after the chunk. Each of the four is added up by itself. (The
@@ -42,8 +49,14 @@ def gradients(slopes: Slopes, tokens: Float[Array, "batch heads chunks 3 64"]) -
     up_to = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
     from_here = _times(slopes.from_start, up_to.T)
     before = _times(to_end, up_to - jnp.eye(CHUNK, dtype=jnp.float32))
-    ddelta = slopes.to_end + slopes.to_outputs / delta
-    return ddelta, slopes.within + from_here + before + across[..., None]
+    dlog_decay = slopes.within + from_here + before + across[..., None]
+    if slopes.own is None:
+        return {"delta": slopes.to_end + slopes.to_outputs / delta, "log_decay": dlog_decay}
+    return {
+        "delta": slopes.to_end + (slopes.to_outputs - slopes.own) / delta,
+        "log_decay": dlog_decay,
+        "own_weight": slopes.own / tokens[:, :, :, OWN_WEIGHT],
+    }
 
 
 def _times(numbers: _Tokens, matrix: Float[Array, "64 64"]) -> _Tokens:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu_compat import plgpu, store
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
-from pallas_kernels.ssd.mosaic_gpu import blocks
+from pallas_kernels.ssd.mosaic_gpu import blocks, turning
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem
 
 
@@ -23,7 +23,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
 
     Args:
         p: shapes.
-        inputs: as ``Problem`` describes them: "tokens", "x", "B" or, in reverse, "dy", "C", and perhaps "start".
+        inputs: as ``Problem`` describes them: "tokens", "x", "B" or, in reverse, "dy", "C", and perhaps "start",
+            "angles", "B_bias" or "C_bias".
         reverse: whether to start with the last chunk, and carry a gradient.
         save: whether to write down the state before each chunk; in reverse, its gradient after the chunk.
 
@@ -32,7 +33,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
     """
     signal, matrix = ("dy", "C") if reverse else ("x", "B")
     dtype = inputs[signal].dtype
-    inputs = {name: inputs[name] for name in (signal, matrix, "tokens", "start") if name in inputs}
+    bias = f"{matrix}_bias"
+    inputs = {name: inputs[name] for name in (signal, matrix, bias, *p.numbers, "start") if name in inputs}
     outputs: dict[str, Any] = {"end": p.part_states_type()}
     scratch = p.walk_buffers([matrix], signal, dtype)
     if save:
@@ -49,6 +51,10 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
                 weight = jnp.exp2(blocks.load(tokens.at[0], blocks.COLUMNS))
             else:
                 weight = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
+            if p.pairs:
+                own_bias = gmem[bias].at[p.token_head(block.head)] if bias in gmem else None
+                turning.turn_into(refs[matrix], refs[matrix], turning.turn_by(refs["angles"]), own_bias)
+                plgpu.commit_smem()
             signals = blocks.load_operand(blocks.transposed(refs[signal]))
             weighted = signals * blocks.by_column(weight.astype(dtype), CHANNELS)
             if save:

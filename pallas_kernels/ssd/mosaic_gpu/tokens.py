@@ -40,18 +40,23 @@ _Sum = tuple[jax.Array, jax.Array]
 
 
 def pack(
-    delta: Float[Array, "batch length heads"], log_decay: Float[Array, "batch length heads"]
-) -> Float[Array, "batch padded_heads chunks 3 64"]:
+    delta: Float[Array, "batch length heads"],
+    log_decay: Float[Array, "batch length heads"],
+    own_weight: Float[Array, "batch length heads"] | None = None,
+) -> Float[Array, "batch padded_heads chunks rows 64"]:
     """Puts together what the kernels load of every token.
 
     Args:
         delta: step sizes.
         log_decay: natural logarithms of what each token leaves of the state before it.
+        own_weight: what stands for the step size where a token's input enters the token's own output; None for the
+            step size.
 
     Returns:
         For whole chunks, and at least these heads: "total", the sum of the logarithms to base 2 of the decays from the
         first token of the chunk to this one; "offset", such that 2^(total[t] - offset[s]) is what is left at token t
-        of what token s added, its step size included; and the step size. Tokens after the end change nothing.
+        of what token s added, its step size included; the step size; and the own weight, if given. Tokens after the end
+        change nothing.
     """
     batch, length, heads = delta.shape
     length, heads = -(-length // CHUNK) * CHUNK, -(-heads // _HEADS) * _HEADS
@@ -64,9 +69,12 @@ def pack(
         "delta": jnp.maximum(cut(delta), _LEAST_STEP_SIZE),
         "log_decay": jnp.maximum(cut(log_decay) * LOG2_E, LOWEST),
     }
-    outputs = {"tokens": jax.ShapeDtypeStruct((batch, heads, length // CHUNK, TOKEN_ROWS, WARPS, _STEPS), jnp.float32)}
+    if own_weight is not None:
+        inputs["own_weight"] = jnp.maximum(cut(own_weight), _LEAST_STEP_SIZE)
+    token_rows = TOKEN_ROWS + (own_weight is not None)
+    outputs = {"tokens": jax.ShapeDtypeStruct((batch, heads, length // CHUNK, token_rows, WARPS, _STEPS), jnp.float32)}
     scratch = {
-        "rows": plgpu.SMEM((2, WARPS, _STEPS, _PITCH), jnp.float32),
+        "rows": plgpu.SMEM((len(inputs), WARPS, _STEPS, _PITCH), jnp.float32),
         "ends": plgpu.SMEM((2, WARPS, _PITCH), jnp.float32),
     }
 
@@ -79,6 +87,7 @@ def pack(
 
         # All loads before anything that waits for one.
         log_decays, deltas = ([step(name, i) for i in range(_STEPS)] for name in ("log_decay", "delta"))
+        own_weights = [] if own_weight is None else [step("own_weight", i) for i in range(_STEPS)]
 
         # First the sum of each warp's tokens, then cumulative sums that start with those of the warps before.
         zeros = plgpu.layout_cast(jnp.zeros((WARPS, _HEADS), jnp.float32), _BY_HEAD)
@@ -101,18 +110,20 @@ def pack(
             total = _add(total, log_decay)
             store(smem["rows"].at[0, :, i, :_HEADS], total[0] + total[1])
             store(smem["rows"].at[1, :, i, :_HEADS], delta)
+            if own_weight is not None:
+                store(smem["rows"].at[2, :, i, :_HEADS], own_weights[i])
         synchronize()
-        totals, deltas = (
+        totals, deltas, *own_weights = (
             plgpu.load(smem["rows"].at[i, :, :, :_HEADS].transpose((2, 0, 1)), layout=_BY_TOKEN, optimized=False)
-            for i in range(2)
+            for i in range(len(inputs))
         )
         target = gmem["tokens"].at[batch, heads, chunk]
-        for row, value in enumerate((totals, totals - jnp.log2(deltas), deltas)):
+        for row, value in enumerate((totals, totals - jnp.log2(deltas), deltas, *own_weights)):
             store(target.at[:, row], value)
 
     grid = {"batch": batch, "chunk": length // CHUNK, "heads": heads // _HEADS}
     tokens = launch("ssd", pack_tokens, inputs, outputs, scratch, grid)["tokens"]
-    return tokens.reshape(batch, heads, length // CHUNK, TOKEN_ROWS, CHUNK)
+    return tokens.reshape(batch, heads, length // CHUNK, token_rows, CHUNK)
 
 
 def _add(total: _Sum, number: jax.Array) -> _Sum:

@@ -1,0 +1,65 @@
+"""B and C of a head made of its group's, in shared memory, where heads turn theirs by angles of their own.
+
+Components n and n + state // 2 are a pair, for n below the number of angles of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic_gpu_compat import store
+from pallas_kernels.ssd.mosaic_gpu import blocks
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK
+
+FULL_TURN = 2**16
+"""Angles are 16-bit integers that wrap at a full turn."""
+
+
+class Turn(NamedTuple):
+    """Cosines and sines of a chunk's angles, in registers."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def turn_by(angles: Any) -> Turn:
+    """Loads a chunk's angles."""
+    angle = blocks.load(angles) * (2 * math.pi / FULL_TURN)
+    return Turn(jnp.cos(angle), jnp.sin(angle))
+
+
+def turned(matrix: jax.Array, turn: Turn, *, back: bool = False) -> jax.Array:
+    """A matrix with the pairs of each row turned, or turned back."""
+    pairs, half = turn.cos.shape[1], matrix.shape[1] // 2
+    first, second = columns(matrix, 0, pairs), columns(matrix, half, half + pairs)
+    sin = -turn.sin if back else turn.sin
+    pieces = [turn.cos * first - sin * second, sin * first + turn.cos * second]
+    if pairs < half:
+        pieces = [pieces[0], columns(matrix, pairs, half), pieces[1], columns(matrix, half + pairs, 2 * half)]
+    return jnp.concatenate(pieces, axis=1)
+
+
+def columns(matrix: jax.Array, start: int, stop: int) -> jax.Array:
+    """Some columns of a matrix in registers."""
+    return lax.slice(matrix, (0, start), (matrix.shape[0], stop))
+
+
+def turn_into(target: Any, source: Any, turn: Turn, bias: Any = None) -> None:
+    """Adds the head's bias, if there is one, to a chunk's B or C, and turns it; a fence must follow.
+
+    Args:
+        target: reference to where the result goes, perhaps the same as ``source``.
+        source: reference to what was loaded.
+        turn: by what.
+        bias: reference to a number a component, or one a row and component.
+    """
+    matrix = blocks.load(source)
+    if bias is not None:
+        by_row = len(bias.shape) == 2
+        matrix = matrix + (blocks.load(bias) if by_row else blocks.by_column(blocks.load(bias, blocks.COLUMNS), CHUNK))
+    store(target, turned(matrix, turn).astype(target.dtype))

@@ -1,0 +1,274 @@
+"""The trapezoidal SSD operator out of the SSD operator's Pallas Mosaic GPU kernels; docs/mamba3.md explains how.
+
+The recurrence has one input a token (``weights.py``) and its state stands still, in exchange for B and C that turn
+(``turning.py``). What is left is an SSD of heads that are groups of their own, whose tokens enter their own outputs
+with a weight of their own. Rows of a token follow each other in the sequence; only the first lets the state decay, and
+the kernels' masks know which rows are one token.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.batching import Arrays, batch_by_folding
+from pallas_kernels.segments import segment_starts
+from pallas_kernels.ssd import mosaic_gpu as ssd_kernels
+from pallas_kernels.ssd.mosaic_gpu import slopes, states
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK
+from pallas_kernels.ssd.mosaic_gpu.call import Call
+from pallas_kernels.trapezoidal_ssd import ranks, weights
+from pallas_kernels.trapezoidal_ssd.inputs import Inputs
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles, backward, forward, heads, plan, turning
+
+_PARAMETERS = ("D", "B_bias", "C_bias")
+
+
+def unsupported_reason(
+    inputs: Inputs, *, delta_softplus: bool, norm_epsilon: float, chunk_size: int | None
+) -> str | None:
+    """Says what stands in the way of running these kernels here, or None."""
+    del delta_softplus, norm_epsilon
+    rank, state = inputs.B.shape[3:]
+    if rank > CHUNK:
+        return f"rank must be at most {CHUNK}, got {rank}; implementation='xla' takes any"
+    if turning.padded_state(state) > plan.MAX_STATE:
+        return f"state must be at most {plan.MAX_STATE}, got {state}; implementation='xla' takes any"
+    return ssd_kernels.unsupported_matrices(inputs.x, inputs.B, inputs.C, chunk_size)
+
+
+def trapezoidal_ssd(
+    inputs: Inputs, *, delta_softplus: bool, norm_epsilon: float, chunk_size: int | None
+) -> tuple[jax.Array, ...]:
+    """Computes y and the parts of the final state; see ``Inputs``."""
+    del chunk_size
+    rank = inputs.B.shape[3]
+    rows = 1 << (rank - 1).bit_length()
+    delta = inputs.step_sizes(delta_softplus=delta_softplus)
+    log_decay, weight, own_weight = weights.weights(inputs, delta)
+    if inputs.segment_ids is not None:
+        log_decay = jnp.where(segment_starts(inputs.segment_ids)[..., None], ssd_kernels.FORGET, log_decay)
+    x = _input_per_rank(inputs)
+    arrays = {
+        "x": _as_tokens(_fill(x, 3, rows)),
+        "log_decay": _as_tokens(_fill(log_decay[..., None], 3, rows)),
+        "delta": jnp.repeat(weight, rows, axis=1),
+        "own_weight": jnp.repeat(own_weight, rows, axis=1),
+        "B": _fill(inputs.B, 3, rows),
+        "C": _fill(inputs.C, 3, rows),
+        "step_size": delta,
+        "theta": inputs.theta.astype(jnp.float32),
+        "initial_state": weights.state_before(inputs, delta),
+    }
+    for name in ("B_bias", "C_bias"):
+        bias = getattr(inputs, name)
+        if bias is not None:
+            arrays[name] = _fill(bias, 1, rows)
+    if inputs.D is not None:
+        arrays["D"] = inputs.D
+    y, final_state = _scan(arrays)
+    y = _as_ranks(y, rows)[:, :, :, :rank]
+    if not _is_output(inputs):
+        y = ranks.output(y.astype(jnp.float32), x, inputs.z, inputs._replace(D=None), norm_epsilon=norm_epsilon)
+    else:
+        y = y[:, :, :, 0]
+    return y.astype(inputs.x.dtype), final_state, *weights.last_token(inputs)
+
+
+def _input_per_rank(inputs: Inputs) -> jax.Array:
+    """(batch, length, heads, rank, head_dim) inputs, rounded as the kernels take them."""
+    if inputs.B.shape[3] == 1 and inputs.mimo_x is None:
+        return inputs.x[:, :, :, None]
+    return ranks.input_per_rank(inputs.x, inputs).astype(inputs.x.dtype)
+
+
+def _is_output(inputs: Inputs) -> bool:
+    """Whether the kernels' output is the operator's."""
+    return inputs.B.shape[3] == 1 and inputs.norm_weight is None and inputs.z is None and inputs.mimo_o is None
+
+
+def _fill(array: jax.Array, dim: int, size: int) -> jax.Array:
+    """Pads with zeros: ranks that neither see nor are seen."""
+    widths = [(0, 0)] * array.ndim
+    widths[dim] = (0, size - array.shape[dim])
+    return jnp.pad(array, widths)
+
+
+def _as_tokens(array: jax.Array) -> jax.Array:
+    """(batch, length, heads, rows, …) to (batch, length · rows, heads, …), without the last one where it is rows."""
+    array = jnp.swapaxes(array, 2, 3)
+    return array.reshape(array.shape[0], -1, *array.shape[3:])
+
+
+def _as_ranks(array: jax.Array, rows: int) -> jax.Array:
+    """(batch, length · rows, heads, …) to (batch, length, heads, rows, …)."""
+    return jnp.swapaxes(array.reshape(array.shape[0], -1, rows, *array.shape[2:]), 2, 3)
+
+
+@jax.custom_vjp
+def _scan(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    results = _forward(False)(arrays)
+    return results["y"], results["final_state"]
+
+
+def _scan_forward(arrays: Arrays) -> tuple[tuple[jax.Array, jax.Array], tuple[Arrays, Arrays]]:
+    results = _forward(True)(arrays)
+    saved = {name: results[name] for name in ("states", "end")}
+    return (results["y"], results["final_state"]), (arrays, saved)
+
+
+def _scan_backward(residuals: tuple[Arrays, Arrays], cotangents: tuple[jax.Array, jax.Array]) -> tuple[Arrays]:
+    arrays, saved = residuals
+    dy, dfinal_state = cotangents
+    gradients = _backward(arrays | saved | {"dy": dy, "dfinal_state": dfinal_state})
+    for name in _PARAMETERS:
+        if name in arrays:
+            gradients[name] = jnp.sum(gradients[name], axis=0)
+    return ({name: gradients[name].astype(array.dtype) for name, array in arrays.items()},)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+@functools.cache
+def _forward(save_states: bool) -> Any:
+    """The forward pass, with or without what the backward pass needs."""
+
+    @functools.partial(batch_by_folding, parameters=_PARAMETERS)
+    def run(arrays: Arrays) -> Arrays:
+        return forward_pass(arrays, save_states=save_states)
+
+    return run
+
+
+@functools.partial(batch_by_folding, parameters=_PARAMETERS)
+def _backward(arrays: Arrays) -> Arrays:
+    return backward_pass(arrays)
+
+
+def forward_pass(arrays: Arrays, *, save_states: bool) -> Arrays:
+    """Returns "y" and "final_state", and what the backward pass will want of "states" and "end"."""
+    made = _kernel_arrays(arrays)
+    call = _call(made, arrays)
+    inputs = _prepared(call, made, "x", "B", "C", "D")
+    inputs |= call.starts(inputs, made["initial_state"], reverse=False)
+    results = forward.scan(call.problem(call.plan.forward), inputs, save_states=save_states)
+    end = results["end"][:, -1]
+    turned_back = turning.turn_states(call.trim_state(end), _last_angles(call, made), back=True)
+    trimmed = {
+        "y": call.trim_tokens(results["y"], arrays["x"]),
+        "final_state": turning.trim_halves(turned_back, arrays["B"].shape[-1]),
+    }
+    if save_states:
+        trimmed |= {"states": results["states"], "end": end}
+    return trimmed
+
+
+def backward_pass(arrays: Arrays) -> Arrays:
+    """Returns gradients by the names of their arrays, those of parameters one an element of the batch."""
+    made = _kernel_arrays(arrays)
+    call = _call(made, arrays)
+    inputs = _prepared(call, made | {"dy": arrays["dy"]}, "x", "dy", "B", "C", "D")
+    dfinal_state = turning.turn_states(turning.pad_halves(arrays["dfinal_state"]), _last_angles(call, made))
+    start = call.starts(inputs, dfinal_state, reverse=True)
+    walk = call.problem(call.plan.states)
+    walked = states.scan(walk, inputs | start, reverse=True, save=True)
+    inputs |= {"states": arrays["states"], "dstates": walked["states"], **_angle_factors(call, arrays)}
+    results = backward.scan(walk, inputs, splits=call.plan.splits, stages=call.plan.stages)
+    found = slopes.Slopes(*(call.by_head(results[name]) for name in slopes.Slopes._fields))
+    numbers = slopes.gradients(found, inputs["tokens"][:, : call.heads])
+    gradients = {
+        "x": call.trim_tokens(results["dx"], arrays["x"]),
+        **{name: call.trim_numbers(gradient) for name, gradient in numbers.items()},
+        "initial_state": turning.trim_halves(call.trim_state(walked["end"][:, 0]), arrays["B"].shape[-1]),
+        **_angle_gradients(call, arrays, results, walked["states"]),
+    }
+    if "D" in arrays:
+        gradients["D"] = call.trim_channels(jnp.sum(results["dD"], axis=1).reshape(call.batch, -1))
+    for name in ("B", "C"):
+        gradients |= _matrix_gradients(call, name, arrays, results[f"d{name}"])
+    return gradients
+
+
+def _matrix_gradients(call: Call, name: str, arrays: Arrays, by_head: jax.Array) -> Arrays:
+    """Gradients of B or C and of its bias, given those of every head."""
+    length, groups, rank, state = arrays[name].shape[1:]
+    of_groups, of_chunks = heads.sums(by_head, groups, call.state)
+    of_groups = of_groups.reshape(call.batch, -1, rank, groups, call.state)[:, :length]
+    gradients = {name: turning.trim_halves(jnp.swapaxes(of_groups, 2, 3), state)}
+    if f"{name}_bias" in arrays:
+        if rank == 1:
+            of_bias = jnp.sum(of_chunks, axis=1)
+        else:
+            of_bias = jnp.sum(by_head.reshape(call.batch, -1, rank, by_head.shape[2]).astype(jnp.float32), axis=1)
+        of_pieces = of_bias.reshape(call.batch, rank, call.heads, call.pieces, call.state)
+        of_bias = jnp.swapaxes(jnp.sum(of_pieces, axis=3), 1, 2)
+        gradients[f"{name}_bias"] = turning.trim_halves(of_bias, state)
+    return gradients
+
+
+def _angle_gradients(call: Call, arrays: Arrays, results: Arrays, dstates: jax.Array) -> Arrays:
+    """Gradients of "step_size" and "theta": what the kernel found within chunks, and what goes through states."""
+    length, pairs = arrays["theta"].shape[1:]
+    factors = _angle_factors(call, arrays)
+    turns = turning.turn_gradients(arrays["states"], dstates, arrays["end"], factors["theta"].shape[-1])
+    turns = jnp.sum(turns.reshape(call.batch, call.heads, call.pieces, call.chunks, -1), axis=2)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    dstep_size = call.by_head(results["dstep_size"]) + product("bhcp,bctp->bhct", turns, factors["theta"])
+    dtheta = jnp.sum(results["dtheta"], axis=0) + product("bhcp,bhct->bctp", turns, factors["step_size"])
+    # Of a token's rows the first has the sum over all of them.
+    dstep_size = dstep_size.reshape(call.batch, call.heads, -1, call.rank)[:, :, :length, 0]
+    dtheta = dtheta.reshape(call.batch, -1, call.rank, dtheta.shape[-1])[:, :length, 0, :pairs]
+    return {"step_size": jnp.swapaxes(dstep_size, 1, 2), "theta": dtheta}
+
+
+def _angle_factors(call: Call, arrays: Arrays) -> Arrays:
+    """Step sizes and theta of every row, whose products are the angles, as the backward kernel takes them."""
+    tokens = CHUNK // call.rank
+
+    def cut(array: jax.Array) -> jax.Array:
+        padded = jnp.pad(array, ((0, 0), (0, call.chunks * tokens - array.shape[1]), (0, 0)))
+        by_chunk = padded.reshape(call.batch, call.chunks, tokens, -1)
+        return jnp.repeat(by_chunk, call.rank, axis=2)
+
+    theta = arrays["theta"]
+    theta = jnp.pad(theta, ((0, 0), (0, 0), (0, call.pairs - theta.shape[2])))
+    return {"theta": cut(theta), "step_size": jnp.moveaxis(cut(arrays["step_size"]), 3, 1)}
+
+
+def _kernel_arrays(arrays: Arrays) -> Arrays:
+    """The arrays as ``Call`` takes them: with angles, the kernels' state, and rows in the place of ranks."""
+    rank = arrays["B"].shape[3]
+    sums = angles.sums(arrays["step_size"], arrays["theta"], CHUNK // rank)
+    made = arrays | {
+        "angles": jnp.repeat(sums, rank, axis=3),
+        "initial_state": turning.pad_halves(arrays["initial_state"]),
+    }
+    for name in ("B", "C"):
+        made[name] = turning.pad_halves(_as_tokens(arrays[name]))
+        if f"{name}_bias" in arrays:
+            bias = turning.pad_halves(arrays[f"{name}_bias"])
+            made[f"{name}_bias"] = bias[:, 0] if rank == 1 else jnp.tile(bias, (1, CHUNK // rank, 1))
+    return made
+
+
+def _prepared(call: Call, made: Arrays, *names: str) -> Arrays:
+    """``Call.prepared``, and what these kernels need besides."""
+    turns = {name: made[name] for name in ("angles", "B_bias", "C_bias") if name in made}
+    return call.prepared(made, *names) | turns
+
+
+def _last_angles(call: Call, made: Arrays) -> jax.Array:
+    """The angles at the end of the sequence, by which the kernels' final state is turned."""
+    return turning.angles_at_end(made["angles"], call.length - 1)
+
+
+def _call(made: Arrays, arrays: Arrays) -> Call:
+    batch, length, heads, head_dim = made["x"].shape
+    groups, state = made["B"].shape[2:]
+    pieces, chunks = -(-head_dim // CHANNELS), -(-length // CHUNK)
+    chosen = plan.choose(batch, chunks, heads * pieces, groups, state)
+    return Call(made, chosen, rank=arrays["B"].shape[3])

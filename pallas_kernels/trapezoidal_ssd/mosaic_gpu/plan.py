@@ -1,0 +1,35 @@
+"""How a call is cut: as the SSD operator's, but that a block walks with one head, whose B and C are its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels.mosaic_gpu_compat import MAX_SHARED_MEMORY
+from pallas_kernels.ssd.mosaic_gpu import plan as ssd_plan
+from pallas_kernels.ssd.mosaic_gpu.blocks import TOKEN_ROWS
+from pallas_kernels.ssd.mosaic_gpu.plan import Plan
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu import backward
+
+_SHARED_MEMORY = MAX_SHARED_MEMORY - 2048
+"""Bytes of a block, less what barriers and reductions may take."""
+
+MAX_STATE = 192
+"""Of one more, the backward kernel's matrices would not fit into shared memory."""
+
+
+def choose(batch: int, chunks: int, heads: int, groups: int, state: int) -> Plan:
+    """Plan of a call.
+
+    Args:
+        batch: size of the batch.
+        chunks: chunks of a sequence.
+        heads: heads of all groups, of ``CHANNELS`` channels each.
+        groups: groups of heads.
+        state: size of the kernels' state.
+    """
+    once, stage = backward.shared_memory(state, state // 2, TOKEN_ROWS + 1)
+    stages = min(2, heads // groups, (_SHARED_MEMORY - once) // stage)
+    # With two chunks in shared memory two blocks share a multiprocessor, of a state of 128.
+    walk = (1, 2)
+    chosen = ssd_plan.choose(batch, chunks, heads, groups, state)
+    return dataclasses.replace(chosen, forward=walk, states=walk, stages=stages)

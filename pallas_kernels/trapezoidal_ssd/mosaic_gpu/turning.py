@@ -1,0 +1,89 @@
+"""The rotation around the kernels: B and C turned by the angle since the start, so that the state stands still.
+
+In the kernels' view the state after token t is turned by the sum of all angles up to t, which changes no output. Their
+gradients do not come of that view: a sum over all later tokens of terms that nearly cancel drowns in rounding. The
+gradient of an angle is made of what passes through its token instead: from the tokens of its chunk, and, for all later
+chunks at once, from the state after its chunk.
+
+Pairs are n and n + half of the kernels' state: each half of the operator's is padded to a multiple of 32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int16
+
+from pallas_kernels.ssd.mosaic_gpu.blocks import STATE_UNIT
+from pallas_kernels.ssd.mosaic_gpu.turning import FULL_TURN
+from pallas_kernels.trapezoidal_ssd.rotation import rotate, turn_by
+
+_HALF_UNIT = STATE_UNIT // 2
+
+
+def padded_state(state: int) -> int:
+    """Size of the kernels' state."""
+    half = state - state // 2
+    return 2 * (-(-half // _HALF_UNIT) * _HALF_UNIT)
+
+
+def pad_halves(array: Float[Array, "*dims state"]) -> Float[Array, "*dims padded_state"]:
+    """Gives an array the kernels' state."""
+    state, wanted = array.shape[-1], padded_state(array.shape[-1])
+    if state == wanted:
+        return array
+    halves = [
+        jnp.pad(half, [(0, 0)] * (array.ndim - 1) + [(0, wanted // 2 - half.shape[-1])])
+        for half in (array[..., : state // 2], array[..., state // 2 :])
+    ]
+    return jnp.concatenate(halves, axis=-1)
+
+
+def trim_halves(array: Float[Array, "*dims padded_state"], state: int) -> Float[Array, "*dims state"]:
+    """Undoes ``pad_halves``."""
+    if array.shape[-1] == state:
+        return array
+    second = array.shape[-1] // 2
+    return jnp.concatenate([array[..., : state // 2], array[..., second : second + state - state // 2]], axis=-1)
+
+
+def turn_states(
+    states: Float[Array, "batch heads head_dim padded_state"],
+    angles: Int16[Array, "batch padded_heads pairs"],
+    *,
+    back: bool = False,
+) -> Float[Array, "batch heads head_dim padded_state"]:
+    """Turns states, or their gradients, from the operator's view into the kernels', or back."""
+    angle = angles[:, : states.shape[1], None].astype(jnp.float32) * (2 / FULL_TURN)
+    return rotate(states, turn_by(-angle if back else angle))
+
+
+def angles_at_end(angles: Int16[Array, "batch padded_heads chunks rows pairs"], last: int) -> Int16[Array, "..."]:
+    """The angles of row number ``last`` of the sequence."""
+    return angles[:, :, last // angles.shape[3], last % angles.shape[3]]
+
+
+def turn_gradients(
+    states: Float[Array, "batch pieces chunks 64 padded_state"],
+    dstates: Float[Array, "batch pieces chunks 64 padded_state"],
+    end: Float[Array, "batch pieces 64 padded_state"],
+    pairs: int,
+) -> Float[Array, "batch pieces chunks pairs"]:
+    """Returns the gradient of an angle by which what comes after a chunk is turned against what comes before.
+
+    Args:
+        states: state before each chunk, of some of a head's channels.
+        dstates: gradient of the state after each chunk.
+        end: state after the last one.
+        pairs: of components that rotate.
+    """
+    half = states.shape[-1] // 2
+    first, second = slice(pairs), slice(half, half + pairs)
+
+    def turn(gradient: jax.Array, after: jax.Array) -> jax.Array:
+        gradient, after = gradient.astype(jnp.float32), after.astype(jnp.float32)
+        return jnp.sum(gradient[..., first] * after[..., second] - gradient[..., second] * after[..., first], axis=3)
+
+    # The end by itself: put behind the other states, all of them would be copied.
+    turns = turn(dstates[:, :, :-1], states[:, :, 1:]), turn(dstates[:, :, -1:], end[:, :, None])
+    return jnp.pi * jnp.concatenate(turns, axis=2)

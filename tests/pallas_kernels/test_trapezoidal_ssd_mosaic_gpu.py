@@ -1,0 +1,265 @@
+"""The trapezoidal SSD operator's GPU kernels: interpreted on a CPU, lowered for CUDA, and run where there is a GPU."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mosaic_gpu_compat import plgpu
+from pallas_kernels.ssd.mosaic_gpu import plan
+from pallas_kernels.trapezoidal_ssd import mosaic_gpu, reference
+from pallas_kernels.trapezoidal_ssd.inputs import Inputs
+
+BENCHMARK_SHAPES = ((8, 2048, 80, 64, 128), (8, 2048, 24, 64, 128), (1, 131072, 24, 64, 128))
+OPTIONS = {"delta_softplus": True, "norm_epsilon": 1e-5, "chunk_size": None}
+PARAMETERS = ("D", "delta_bias", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o", "norm_weight")
+ALL = (*PARAMETERS, "z", "segment_ids")
+RESULTS = ("y", "ssm", "B", "x")
+
+
+def make_inputs(batch, length, heads, head_dim, state, *, groups=1, rank=1, pairs=None, optional=ALL, rate=2.0):
+    """Fresh random inputs, with the optional ones that are named; decay rates are e to some multiple of ``rate``."""
+    random = np.random.default_rng()
+    pairs = state // 4 if pairs is None else pairs
+
+    def tokens(*dims):
+        return jnp.asarray(random.normal(size=dims)).astype(jnp.bfloat16)
+
+    def floats(*dims):
+        return jnp.asarray(random.normal(size=dims), jnp.float32)
+
+    extra = {
+        "D": floats(heads, head_dim),
+        "z": tokens(batch, length, heads, head_dim),
+        "delta_bias": floats(heads) - 3,
+        **{name: floats(heads, rank, state) for name in ("B_bias", "C_bias")},
+        **{name: floats(heads, rank, head_dim) if rank > 1 else None for name in ("mimo_x", "mimo_z", "mimo_o")},
+        "norm_weight": floats(heads, head_dim),
+        "segment_ids": jnp.asarray(np.sort(random.integers(0, 3, size=(batch, length))), jnp.int32),
+    }
+    return Inputs(
+        x=tokens(batch, length, heads, head_dim),
+        delta=tokens(batch, length, heads),
+        A=-jnp.exp(rate * floats(batch, length, heads)),
+        B=tokens(batch, length, groups, rank, state),
+        C=tokens(batch, length, groups, rank, state),
+        lambda_=jnp.asarray(random.uniform(size=(batch, length, heads)), jnp.float32),
+        theta=2 * floats(batch, length, pairs),
+        **{name: array if name in optional else None for name, array in extra.items()},
+        initial_ssm=floats(batch, heads, head_dim, state),
+        initial_B=floats(batch, heads, rank, state),
+        initial_x=floats(batch, heads, head_dim),
+    )
+
+
+def cotangents(inputs):
+    random = np.random.default_rng()
+    like = (inputs.x, inputs.initial_ssm, inputs.initial_B, inputs.initial_x)
+    return tuple(jnp.asarray(random.normal(size=a.shape)).astype(a.dtype) for a in like)
+
+
+def values_and_gradients(run, inputs, seeds, **options):
+    """All results by name: y, the final state, and the gradient of every floating-point input."""
+    arrays = {name: a for name, a in inputs._asdict().items() if a is not None and name != "segment_ids"}
+    results, vjp = jax.vjp(lambda a: run(inputs._replace(**a), **OPTIONS | options), arrays)
+    gradients = vjp(tuple(seed.astype(result.dtype) for seed, result in zip(seeds, results, strict=True)))[0]
+    return dict(zip(RESULTS, results, strict=True)) | {f"d{name}": gradient for name, gradient in gradients.items()}
+
+
+def expected_and_scales(inputs, seeds, **options):
+    """The results of the recurrence in float64, and what their errors are measured by: their norm.
+
+    The gradient of delta_bias is a few numbers, sums over all tokens, which may cancel though their terms err alike.
+    Its error is measured by the sum of their sizes.
+    """
+    with jax.enable_x64(True):
+        tree = (inputs, seeds)
+        wide, seeds = jax.tree.map(lambda a: a.astype(float) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+        run = jax.jit(functools.partial(values_and_gradients, reference.trapezoidal_ssd, **options))
+        results = run(wide, seeds)
+        sizes = dict(results)
+        if "ddelta_bias" in results:
+            sizes["ddelta_bias"] = jnp.sum(jnp.abs(results["ddelta"]), axis=(0, 1))
+        return results, {name: float(jnp.linalg.norm(array)) for name, array in sizes.items()}
+
+
+def assert_right(inputs, *, interpret=True, **options):
+    """Compares values and gradients with the recurrence in float64, to the bar of the design.
+
+    An RMSNorm sees outputs that are rounded already, and so does its gradient: there the bar is twice as high.
+    """
+    slack = 1 if inputs.norm_weight is None else 2
+    seeds = cotangents(inputs)
+    run = jax.jit(functools.partial(values_and_gradients, mosaic_gpu.trapezoidal_ssd, **options))
+    if interpret:
+        with plgpu.force_gpu_interpret_mode():
+            results = run(inputs, seeds)
+    else:
+        results = run(inputs, seeds)
+        again = run(inputs, seeds)
+        for name, array in results.items():
+            assert (array == again[name]).all(), f"{name} differs from run to run"
+    expected, scales = expected_and_scales(inputs, seeds, **options)
+    for name, array in results.items():
+        bar = slack * (5e-3 if name in RESULTS else 1e-2)
+        error = np.linalg.norm(np.asarray(array, np.float64) - np.asarray(expected[name])) / scales[name]
+        assert error <= bar, f"{name}: relative error {error:.1e}, allowed {bar:.0e}"
+
+
+@pytest.mark.parametrize(
+    ("dims", "options"),
+    [
+        ((1, 100, 2, 64, 32), {"optional": tuple(name for name in ALL if name != "norm_weight")}),
+        ((1, 40, 2, 16, 9), {"rank": 3, "pairs": 4, "groups": 2}),
+        ((2, 1, 6, 80, 16), {"optional": (), "pairs": 8}),
+    ],
+    ids=["all but a norm", "three ranks, two groups", "one token, bare"],
+)
+def test_interpreted_kernels_compute_the_recurrence_and_its_gradient(dims, options):
+    assert_right(make_inputs(*dims, **options))
+
+
+@pytest.mark.slow
+def test_parts_of_a_long_sequence_join_to_the_whole(monkeypatch):
+    choose = plan.choose
+    monkeypatch.setattr(plan, "choose", lambda *sizes: plan.dataclasses.replace(choose(*sizes), parts=3))
+    assert_right(make_inputs(1, 5 * 64, 1, 16, 8, optional=(), rate=1.0))
+
+
+@pytest.mark.slow
+def test_vmap_is_a_loop():
+    instances = [make_inputs(1, 20, 2, 16, 8, optional=("B_bias", "C_bias")) for _ in range(2)]
+    shared = {"C_bias": instances[0].C_bias}
+    instances = [one._replace(**shared) for one in instances]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *instances)._replace(**shared)
+    axes = Inputs(*(None if array is None else 0 for array in stacked))._replace(C_bias=None)
+
+    def loss_and_gradient(inputs):
+        def loss(inputs):
+            return sum(jnp.sum(array.astype(jnp.float32)) for array in mosaic_gpu.trapezoidal_ssd(inputs, **OPTIONS))
+
+        return jax.value_and_grad(loss)(inputs)
+
+    with plgpu.force_gpu_interpret_mode():
+        results = jax.jit(jax.vmap(loss_and_gradient, in_axes=(axes,)))(stacked)
+        run = jax.jit(loss_and_gradient)
+        expected = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[run(one) for one in instances])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=1e-2, atol=1e-4),
+        results,
+        expected,
+    )
+
+
+def lower_with_gradient(dims, rank=1, groups=1, pairs=None):
+    batch, length, heads, head_dim, state = dims
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def floats(*shape):
+        return array(*shape, dtype=jnp.float32)
+
+    inputs = dict.fromkeys(Inputs._fields) | {
+        "x": array(batch, length, heads, head_dim),
+        **{name: array(batch, length, heads) for name in ("delta", "A", "lambda_")},
+        **{name: array(batch, length, groups, rank, state) for name in ("B", "C")},
+        "theta": array(batch, length, state // 4 if pairs is None else pairs),
+        "D": floats(heads, head_dim),
+        **{name: floats(heads, rank, state) for name in ("B_bias", "C_bias")},
+        "initial_ssm": floats(batch, heads, head_dim, state),
+        "initial_B": floats(batch, heads, rank, state),
+        "initial_x": floats(batch, heads, head_dim),
+    }
+    inputs = Inputs(**inputs)
+    seeds = (inputs.x, inputs.initial_ssm, inputs.initial_B, inputs.initial_x)
+    run = functools.partial(values_and_gradients, mosaic_gpu.trapezoidal_ssd)
+    return jax.jit(run).trace(inputs, seeds).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("dims", BENCHMARK_SHAPES, ids=str)
+def test_benchmark_shapes_lower_for_cuda(dims):
+    assert lower_with_gradient(dims).count("custom_call @mosaic_gpu") >= 4
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "state", "options"),
+    [(32, 16, {"rank": 4}), (96, 190, {"groups": 2, "pairs": 11}), (128, 192, {"rank": 2})],
+    ids=str,
+)
+def test_other_sizes_lower_for_cuda(head_dim, state, options):
+    assert "mosaic_gpu" in lower_with_gradient((2, 1000, 4, head_dim, state), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: i._replace(x=i.x.astype(jnp.float32)), "x is float32; implementation='xla'"),
+        (lambda i: i._replace(C=i.C.astype(jnp.float16)), "C is float16"),
+        (lambda i: i._replace(B=jnp.zeros((1, 4, 1, 1, 194), jnp.bfloat16)), "state must be at most 192, got 194"),
+        (lambda i: i._replace(B=jnp.zeros((1, 4, 1, 65, 8), jnp.bfloat16)), "rank must be at most 64, got 65"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_named(change, message, no_shape_checks):
+    reason = mosaic_gpu.unsupported_reason(change(make_inputs(1, 4, 1, 8, 4)), **OPTIONS)
+    assert reason is not None
+    assert message in reason
+
+
+def test_other_chunk_sizes_are_left_to_xla():
+    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS | {"chunk_size": 32})
+    assert reason == "chunk_size must be None or 64, got 32; implementation='xla' takes any"
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_a_cpu_is_named_as_what_is_missing():
+    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS)
+    assert reason == "it needs an NVIDIA GPU, the default device is a cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])
+def test_any_length_on_a_gpu(length, rank):
+    assert_right(make_inputs(2, length, 6, 64, 128, groups=2, rank=rank), interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", [2, 16, 65, 128, 192])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_any_size_on_a_gpu(head_dim, state):
+    assert_right(make_inputs(1, 200, 5, head_dim, state, pairs=max(1, state // 4)), interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "length", "heads"), [(4, 192, 80), (8, 192, 24), (1, 4096, 24), (3, 300, 7)])
+def test_every_plan_on_a_gpu(batch, length, heads):
+    optional = ("D", "delta_bias", "B_bias", "C_bias")
+    assert_right(make_inputs(batch, length, heads, 64, 128, optional=optional), interpret=False)
+
+
+@pytest.mark.gpu
+def test_the_state_counts_the_parity_of_many_bits_on_a_gpu():
+    length = 4096
+    bits = np.random.default_rng().integers(0, 2, size=(1, length))
+    ones = jnp.ones((1, length, 1), jnp.float32)
+    matrix = jnp.broadcast_to(jnp.array([1.0, 0.0], jnp.bfloat16), (1, length, 1, 1, 2))
+    none = dict.fromkeys(Inputs._fields)
+    inputs = none | {
+        "x": jnp.zeros((1, length, 1, 1), jnp.bfloat16),
+        "delta": ones,
+        "A": jnp.zeros((1, length, 1)),
+        "B": matrix,
+        "C": matrix,
+        "lambda_": ones,
+        "theta": jnp.asarray(bits, jnp.float32)[..., None],
+        "initial_ssm": jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2),
+        "initial_B": jnp.zeros((1, 1, 1, 2)),
+        "initial_x": jnp.zeros((1, 1, 1)),
+    }
+    y = mosaic_gpu.trapezoidal_ssd(Inputs(**inputs), **OPTIONS | {"delta_softplus": False})[0]
+    np.testing.assert_allclose(np.asarray(y, float)[0, :, 0, 0], 1 - 2 * (np.cumsum(bits) % 2), rtol=1e-2)
