@@ -41,7 +41,25 @@ class Linear(nnx.Module):
         self.compute_dtype = jnp.dtype(compute_dtype)
 
     def __call__(self, x: Float[Array, "*batch in_features"]) -> Float[Array, "*batch ..."]:
-        weight = sharding.gather(self.weight[...].astype(self.compute_dtype))
+        return self._product(x, self._weight(), self._bias())
+
+    def parts(self, x: Float[Array, "*batch in_features"]) -> tuple[Float[Array, "*batch ..."], ...]:
+        """The slices of the output's first dimension, each a product and an array of its own.
+
+        A kernel takes whole arrays: a slice of one product would be copied for it.
+        """
+        weight, bias = self._weight(), self._bias()
+        return tuple(
+            self._product(x, weight[:, part], None if bias is None else bias[part]) for part in range(weight.shape[1])
+        )
+
+    def _weight(self):
+        return sharding.gather(self.weight[...].astype(self.compute_dtype))
+
+    def _bias(self):
+        return None if self.bias is None else sharding.gather(self.bias[...].astype(self.compute_dtype))
+
+    def _product(self, x, weight, bias):
         batch_dims, out_dims = x.ndim - 1, weight.ndim - 1
         letters = iter(string.ascii_letters)
         batch = "".join(next(letters) for _ in range(batch_dims))
@@ -53,9 +71,7 @@ class Linear(nnx.Module):
             weight,
             out_sharding=sharding.out_sharding(*sharding.spec_of(x)[:-1], *sharding.spec_of(weight)[1:]),
         )
-        if self.bias is None:
-            return y
-        return y + sharding.gather(self.bias[...].astype(self.compute_dtype))
+        return y if bias is None else y + bias
 
     @property
     def flops(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,11 @@ from jaxtyping import Array, Float, Int
 from mamba_jax import sharding
 from mamba_jax.long_context.delta_scaling import inverse_softplus
 from mamba_jax.mixers.selective import FROZEN
+
+_RUN = 32
+"""Tokens in a row that are looked up together."""
+
+_Lookup = Callable[[Float[Array, "spans channels"]], Float[Array, "#batch #length channels"]]
 
 
 class TokenFilter(nnx.Module):
@@ -45,21 +52,60 @@ class TokenFilter(nnx.Module):
         bias: Float[Array, " channels"],
         position: Int[Array, "batch length"],
     ) -> Float[Array, "batch length channels"]:
-        spec = sharding.spec_of(delta)
+        of_token = self._rows_of_tokens(position, sharding.spec_of(delta))
+        # The bias is taken from a table of few rows rather than added to each token.
+        is_small = delta <= of_token(_rounded_down(self.thresholds - bias, delta.dtype))
+        kept = delta if self.scales is None else _scaled(delta, bias, of_token(self.scales))
+        return jnp.where(is_small, jnp.asarray(FROZEN, delta.dtype), kept)
+
+    def _rows_of_tokens(self, position: Int[Array, "batch length"], spec: jax.sharding.PartitionSpec) -> _Lookup:
+        """A function that takes a table's row for each token."""
+        if not self.last_positions:
+            return lambda table: table[None]
         # Integers, made here: as an array of the module they would be parameters to whoever takes gradients.
         last_positions = np.array(self.last_positions, np.int32)
-        # Behind a barrier, or XLA would merge the sum with the comparison below and repeat it for every channel.
-        span = jax.lax.optimization_barrier(jnp.sum(position[..., None] > last_positions, axis=-1))
-        if not self.last_positions:
-            span, spec = jnp.zeros((1, 1), int), (None, None, spec[-1])
+        if spec[1] is None and _at_most_one_ends_in_a_run(last_positions, position.shape[1]):
+            return _rows_by_runs(position, last_positions, spec)
+        span = jnp.sum(position[..., None] > last_positions, axis=-1)
+        return lambda table: _rows(table, span, spec)
 
-        def of_span(table):
-            return table.at[span].get(mode="promise_in_bounds", out_sharding=sharding.out_sharding(*spec))
 
-        # The bias is taken from a table of few rows rather than added to each token.
-        is_small = delta <= of_span(_rounded_down(self.thresholds - bias, delta.dtype))
-        kept = delta if self.scales is None else _scaled(delta, bias, of_span(self.scales))
-        return jnp.where(is_small, jnp.asarray(FROZEN, delta.dtype), kept)
+def _rows(
+    table: Float[Array, "spans channels"], span: Int[Array, "batch count"], spec: jax.sharding.PartitionSpec
+) -> Float[Array, "batch count channels"]:
+    # Behind a barrier, or XLA would merge what makes the rows' numbers with what uses them, once a channel.
+    span = jax.lax.optimization_barrier(span)
+    return table.at[span].get(mode="promise_in_bounds", out_sharding=sharding.out_sharding(*spec))
+
+
+def _at_most_one_ends_in_a_run(last_positions: Int[np.ndarray, " spans"], length: int) -> bool:
+    return length % _RUN == 0 and bool(np.diff(last_positions, prepend=0).min() >= _RUN)
+
+
+def _rows_by_runs(
+    position: Int[Array, "batch length"], last_positions: Int[np.ndarray, " spans"], spec: jax.sharding.PartitionSpec
+) -> _Lookup:
+    """Looks up few rows a run of tokens, since one a token costs as much as all else that the filter does.
+
+    From one token to the next, the position rises by one or starts again at 1. So the tokens of a run are in the span
+    of its first one, in the one that follows, or, in a document that begins in the run, in the first of all.
+    """
+    batch, length = position.shape
+    runs = position.reshape(batch, length // _RUN, _RUN)
+    span = jnp.sum(runs[..., :1] > last_positions, axis=-1)
+    ends = jnp.append(last_positions, np.iinfo(np.int32).max)
+    is_in_first = (runs <= last_positions[0])[..., None]
+    is_in_same = (runs <= ends.at[span].get(out_sharding=sharding.out_sharding(spec[0], None))[..., None])[..., None]
+
+    def of_token(table: Float[Array, "spans channels"]) -> Float[Array, "batch length channels"]:
+        same, following = (
+            jax.lax.optimization_barrier(_rows(table, jnp.minimum(span + more, len(last_positions)), spec))[:, :, None]
+            for more in range(2)
+        )
+        rows = jnp.where(is_in_first, table[0], jnp.where(is_in_same, same, following))
+        return rows.reshape(batch, length, -1)
+
+    return of_token
 
 
 def _rounded_down(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:

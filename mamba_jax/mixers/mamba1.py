@@ -134,7 +134,7 @@ class Mamba1(nnx.Module):
         state: Mamba1State | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
     ) -> tuple[Float[Array, "batch length width"], Mamba1State]:
-        x, z = self._project_in(x)
+        x, z = self.in_proj.parts(x)
         x, conv_state = self._convolve(x, None if state is None else state.conv, segment_ids)
         delta, B, C = self._select(x)
         delta, position = extend(
@@ -164,7 +164,7 @@ class Mamba1(nnx.Module):
     def step(
         self, x: Float[Array, "batch width"], state: Mamba1State
     ) -> tuple[Float[Array, "batch width"], Mamba1State]:
-        x, z = self._project_in(x)
+        x, z = self.in_proj.parts(x)
         x, conv_state = causal_conv1d_step(
             state.conv, x, self.conv_weight[...].astype(self.compute_dtype), self._conv_bias(), activation="silu"
         )
@@ -191,7 +191,7 @@ class Mamba1(nnx.Module):
         state: Mamba1State | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
     ) -> Selection:
-        x, _ = self._project_in(x)
+        x, _ = self.in_proj.parts(x)
         x, _ = self._convolve(x, None if state is None else state.conv, segment_ids)
         delta, B, C = self._select(x)
         position = None if state is None else state.position
@@ -216,10 +216,6 @@ class Mamba1(nnx.Module):
             + causal_conv1d_flops.forward(1, length, channels, self.config.conv_width)
             + selective_scan_flops.forward(1, length, channels, state_size)
         )
-
-    def _project_in(self, x):
-        xz = self.in_proj(x)
-        return xz[..., 0, :], xz[..., 1, :]
 
     def _convolve(self, x, state, segment_ids):
         return causal_conv1d(

@@ -256,8 +256,7 @@ class Mamba2(nnx.Module):
 
     def _project_in(self, u):
         """z and delta by head, (..., heads, head_dim) and (..., heads); x, and B and C together, by channel."""
-        zx = self.zx_proj(u)
-        z, x = zx[..., 0, :, :], zx[..., 1, :, :]
+        z, x = self.zx_proj.parts(u)
         BC = self.BC_proj(u)
         return z, x.reshape(*x.shape[:-2], -1), BC.reshape(*BC.shape[:-3], -1), self.dt_proj(u)
 

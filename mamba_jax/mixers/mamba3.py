@@ -239,20 +239,21 @@ class Mamba3(nnx.Module):
 
     def _ssd_inputs(self, u, position, segment_ids=None):
         """What ``trapezoidal_ssd`` takes of each token, and the position of the last one."""
-        zx, BC = self.zx_proj(u), self.BC_proj(u)
+        z, x = self.zx_proj.parts(u)
+        BC = self.BC_proj(u)
         dynamics = self.dynamics_proj(u).astype(jnp.float32)
         delta, position = extend(
             self.extender, dynamics[..., 0, :], self.dt_bias[...], position=position, segment_ids=segment_ids
         )
         inputs = {
-            "x": zx[..., 1, :, :],
+            "x": x,
             "delta": delta,
             "A": -jnp.maximum(heavy_tail(dynamics[..., 1, :]), self.config.decay_rate_floor),
             "B": self.B_norm(BC[..., 0, :, :]),
             "C": self.C_norm(BC[..., 1, :, :]),
             "lambda_": jax.nn.sigmoid(dynamics[..., 2, :]),
             "theta": jnp.tanh(self.angle_proj(u).astype(jnp.float32)),
-            "z": zx[..., 0, :, :],
+            "z": z,
         }
         return inputs, position
 

@@ -72,6 +72,25 @@ def test_each_threshold_holds_from_its_length_to_the_next():
         np.testing.assert_array_equal(kept[:, 0] > 0, [g == 0, True])
 
 
+@pytest.mark.parametrize("length", [32 * 12, 32 * 12 - 1], ids=["looked up by runs", "looked up by tokens"])
+@pytest.mark.parametrize("before", [0, 75, 10_000])
+@pytest.mark.parametrize("last_positions", [(64, 100, 133, 180, 212), (20, 30, 35, 60, 100)], ids=["wide", "narrow"])
+def test_documents_that_begin_anywhere_have_the_thresholds_of_their_positions(length, before, last_positions):
+    begins = np.isin(np.arange(length), (1, 7, 40, 41, 200))
+    position = np.zeros(length, int)
+    for index in range(length):
+        position[index] = 1 if begins[index] else (position[index - 1] if index else before) + 1
+    random = np.random.default_rng(3)
+    table = random.exponential(size=(len(last_positions) + 1, CHANNELS))
+    delta = exponential_steps(4, length)
+    span = (position[:, None] > np.array(last_positions)).sum(axis=1)
+    filter_ = TokenFilter(table, last_positions=last_positions, scales=1 + np.arange(6.0)[:, None] * np.ones(CHANNELS))
+    kept = np.asarray(filtered(filter_, delta, jnp.asarray(position)))
+    expected = np.where(delta > table[span], delta * (1 + span[:, None]), 0)
+    np.testing.assert_allclose(kept, expected, rtol=2e-4)
+    assert 0.1 < np.mean(kept > 0) < 0.9
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_what_is_kept_and_not_scaled_keeps_every_bit(dtype):
     delta = jax.random.normal(jax.random.key(0), (1, 200, 3), dtype)
