@@ -7,6 +7,8 @@ functions of the same arguments, the operator's validated inputs:
 - ``unsupported_reason``, which returns None where the first one can run on the current backend, else what stands in
   its way, as half a sentence ("state must be at most 256, got 512").
 
+One whose module sets ``ON_TRIAL`` runs where it is named, and is not what None chooses.
+
 The arrays may be tracers and are always local: sharding is dealt with before (``pallas_kernels.sharding``). An
 implementation is differentiable in reverse mode in every floating-point input.
 """
@@ -53,7 +55,7 @@ def choose(operator: str, implementation: str | None, *inputs: Any, **options: A
     """
     if implementation is None:
         for name in _PREFERENCE.get(backend(), _FALLBACK):
-            if _unsupported_reason(operator, name, inputs, options) is None:
+            if _unsupported_reason(operator, name, inputs, options) is None and not _is_on_trial(operator, name):
                 return _function(operator, name)
         raise UnsupportedError(f"{operator}: no implementation supports this call on {backend()}.")
     if implementation not in NAMES:
@@ -76,6 +78,10 @@ def _unsupported_reason(operator: str, name: str, inputs: tuple[Any, ...], optio
     if importlib.util.find_spec(f"pallas_kernels.{operator}.{name}") is None:
         return f"{operator} has no {name} implementation"
     return _module(operator, name).unsupported_reason(*inputs, **options)
+
+
+def _is_on_trial(operator: str, name: str) -> bool:
+    return getattr(_module(operator, name), "ON_TRIAL", False)
 
 
 def _function(operator: str, name: str) -> Callable[..., Any]:

@@ -27,6 +27,10 @@ from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles, backward, forward,
 _PARAMETERS = ("D", "B_bias", "C_bias")
 
 
+ON_TRIAL = True
+"""Two of the first fifteen GPU tests failed, and why is not known yet: docs/mamba3.md."""
+
+
 def unsupported_reason(
     inputs: Inputs, *, delta_softplus: bool, norm_epsilon: float, chunk_size: int | None
 ) -> str | None:
