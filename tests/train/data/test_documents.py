@@ -134,7 +134,7 @@ def test_blocks_account_for_the_bytes_of_the_file(tmp_path: Path, name: str):
         ("a.jsonl", b"\xff\xfe\x00\n", r"a\.jsonl, line 1 is not JSON"),
         ("a.jsonl.gz", b"not compressed", r"a\.jsonl\.gz cannot be read"),
         ("a.txt.zst", b"not compressed", r"a\.txt\.zst cannot be read"),
-        ("a.txt.gz", gzip.compress(b"some text " * 99)[:-9], r"a\.txt\.gz cannot be read: .*runcated"),
+        ("a.txt.gz", gzip.compress(b"some text " * 99, mtime=0)[:-9], r"a\.txt\.gz cannot be read: .*runcated"),
         (
             "a.txt.zst",
             zstandard.compress(random.randbytes(999).hex().encode())[:-9],
