@@ -63,7 +63,9 @@ def by_definition(model, config, sequence):
             x = block(x, state=None, segment_ids=None)[0]
             continue
         u = block.normalise(x)
-        selection, z = block.mixer.selection(u), block.mixer._project_in(u)[int(isinstance(block.mixer, Mamba1))]
+        mixer = block.mixer
+        selection = mixer.selection(u)
+        z = mixer.in_proj.parts(u)[1] if isinstance(mixer, Mamba1) else mixer._project_in(u)[0]
         wanted = config.base_length * config.beta ** config.layers.index(layer)
         count = int(max(min(x.shape[1], wanted), config.min_length))
         norm = np.linalg.norm(np.asarray(selection.delta[0], np.float64), axis=-1)
