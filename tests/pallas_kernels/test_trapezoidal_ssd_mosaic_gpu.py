@@ -93,11 +93,11 @@ def expected_and_scales(inputs, seeds, **options):
 def assert_right(inputs, *, interpret=True, **options):
     """Compares values and gradients with the recurrence in float64, to the bar of the design.
 
-    Behind an RMSNorm, which the kernels do not see, gradients of y are orthogonal to y. Where one token makes up most
-    of the state they are so to its input too, and what is left of the gradients of B and C is little more than the
-    rounding of y and of its gradient.
+    Outputs of several ranks are mixed, and those with an RMSNorm normalised, after they were rounded, and so are their
+    gradients: there the bar is twice as high. Behind a norm gradients are orthogonal to y, so that those of B and C may
+    nearly cancel; the seeds are of inputs where they do not.
     """
-    slack = 1 if inputs.norm_weight is None else 5
+    slack = 1 if inputs.norm_weight is None and inputs.mimo_o is None else 2
     seeds = cotangents(inputs)
     run = jax.jit(functools.partial(values_and_gradients, mosaic_gpu.trapezoidal_ssd, **options))
     if interpret:
@@ -119,10 +119,11 @@ def assert_right(inputs, *, interpret=True, **options):
     ("dims", "options"),
     [
         ((1, 100, 2, 64, 32), {}),
-        ((1, 40, 2, 16, 9), {"rank": 3, "pairs": 4, "groups": 2, "optional": ALL}),
+        ((1, 40, 2, 16, 9), {"rank": 3, "pairs": 4, "groups": 2}),
+        ((1, 20, 2, 16, 9), {"rank": 2, "pairs": 4, "optional": ALL}),
         ((2, 1, 6, 80, 16), {"optional": (), "pairs": 8}),
     ],
-    ids=["all but a norm", "three ranks, two groups", "one token, bare"],
+    ids=["all but a norm", "three ranks, two groups", "a norm", "one token, bare"],
 )
 def test_interpreted_kernels_compute_the_recurrence_and_its_gradient(dims, options):
     assert_right(make_inputs(*dims, **options))
@@ -230,7 +231,13 @@ def test_a_cpu_is_named_as_what_is_missing():
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])
 def test_any_length_on_a_gpu(length, rank):
-    assert_right(make_inputs(2, length, 6, 64, 128, groups=2, rank=rank, optional=ALL), interpret=False)
+    assert_right(make_inputs(2, length, 6, 64, 128, groups=2, rank=rank), interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_norm_on_a_gpu(rank):
+    assert_right(make_inputs(2, 200, 6, 64, 128, groups=2, rank=rank, optional=ALL), interpret=False)
 
 
 @pytest.mark.gpu
