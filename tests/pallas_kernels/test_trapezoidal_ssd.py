@@ -80,7 +80,7 @@ def make_inputs(
     batch=2, length=8, heads=4, head_dim=3, state=5, *, groups=1, rank=1, pairs=2, D_per_channel=False, norm=False,
     bare=False, segments=True, seed=None,
 ):  # fmt: skip
-    """Fresh random inputs in float64: all of the operator's arrays, or with ``bare`` only those it must have."""
+    """Random inputs in float64: all of the operator's arrays, or with ``bare`` only those it must have."""
     rng = np.random.default_rng(seed)
     inputs = {
         "x": rng.normal(size=(batch, length, heads, head_dim)),
@@ -221,7 +221,7 @@ def test_gradients_of_the_reference_are_the_slopes_of_the_loop(options):
     with jax.enable_x64(True):
         gradient = gradients(cast(inputs, jnp.float64), segment_ids, implementation="reference")
         for place, (value, slope) in enumerate(zip(leaves, jax.tree.leaves(gradient), strict=True)):
-            direction = np.random.default_rng().normal(size=value.shape)
+            direction = np.random.default_rng(1).normal(size=value.shape)
             ends = []
             for step in (1e-6, -1e-6):
                 moved = [*leaves[:place], value + step * direction, *leaves[place + 1 :]]
@@ -270,7 +270,7 @@ def test_a_token_that_forgets_nothing_and_takes_no_step_leaves_the_state():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_state_that_turns_knows_the_parity_of_all_bits_so_far(implementation):
-    bits = np.random.default_rng().integers(0, 2, size=(1, 1000))
+    bits = np.random.default_rng(0).integers(0, 2, size=(1, 1000))
     ones, zeros = jnp.ones((1, 1000, 1)), jnp.zeros((1, 1000, 1))
     B = jnp.broadcast_to(jnp.array([1.0, 0.0]), (1, 1000, 1, 1, 2))
     start = State(ssm=B[:, :1, 0], B=jnp.zeros((1, 1, 1, 2)), x=jnp.zeros((1, 1, 1)))

@@ -64,14 +64,14 @@ def test_the_gradient_of_the_angles_of_a_long_chunk_does_not_drown_in_the_roundi
 @pytest.mark.parametrize("add", [rotation.cumulative_angle, lambda terms: rotation.total_angle(terms)[:, None]])
 def test_a_long_sum_of_angles_is_as_precise_as_its_terms(add):
     # In float32 a plain sum of these, up to 120,000 half-turns, would end up off by hundredths of a half-turn.
-    terms = jnp.asarray(np.random.default_rng().uniform(0.8, 1.0, size=(1, 131_072)), jnp.float32)
+    terms = jnp.asarray(np.random.default_rng(0).uniform(0.8, 1.0, size=(1, 131_072)), jnp.float32)
     expected = np.cumsum(np.asarray(terms, np.float64), axis=1)[0, -1]
     difference = np.asarray(add(terms), np.float64)[0, -1] - expected
     assert abs(difference - 2 * np.round(difference / 2)) < 1e-4
 
 
 def test_sums_of_angles_have_the_slopes_of_sums():
-    terms, weights = jnp.ones((2, 5, 3)), jnp.asarray(np.random.default_rng().normal(size=(2, 5, 3)), jnp.float32)
+    terms, weights = jnp.ones((2, 5, 3)), jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3)), jnp.float32)
     slopes = jax.grad(lambda terms: jnp.sum(weights * rotation.cumulative_angle(terms)))(terms)
     np.testing.assert_allclose(slopes, np.cumsum(weights[:, ::-1], axis=1)[:, ::-1], rtol=1e-5, atol=1e-6)
     slopes = jax.grad(lambda terms: jnp.sum(weights[:, 0] * rotation.total_angle(terms)))(terms)

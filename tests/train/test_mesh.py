@@ -69,7 +69,7 @@ def test_rows_of_a_batch_are_never_divided_over_processes(axis):
 
 def test_a_batch_is_divided_by_rows_and_length():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2))
-    tokens = np.random.default_rng().integers(0, 256, (8, 6), np.int32)
+    tokens = np.random.default_rng(0).integers(0, 256, (8, 6), np.int32)
     batch = shard_batch(mesh, {"tokens": tokens, "loss_weights": tokens.astype(np.float32)})
     assert batch["tokens"].sharding.spec == PartitionSpec(("replica", "data", "fsdp"), "sequence")
     assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(2, 3)}

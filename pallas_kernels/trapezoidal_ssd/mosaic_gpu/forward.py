@@ -10,7 +10,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks, turning
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem
@@ -71,7 +71,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
                 y = y + x.astype(jnp.float32) * blocks.by_row(D, CHUNK)
             store(blocks.transposed(refs["x"]), y.astype(dtype))
             if save_states:
-                # Nobody needs B any more.
+                # The product reads B, and it ends in each warp by itself: no warp may write before all have ended.
+                synchronize()
                 store(B, state.astype(dtype))
             plgpu.commit_smem()
             rows, channels = blocks.chunk_rows(chunk), blocks.head_channels(block.head)
