@@ -20,8 +20,8 @@ def pytest_configure() -> None:
     # Before any array exists, and before any of the packages is imported.
     jax.config.update("jax_num_cpu_devices", 8)
     jaxtyping.install_import_hook(["mamba_jax", "pallas_kernels", "train"], "beartype.beartype")
-    # The first example of a shape compiles; that says nothing about the code's speed. The examples are the same in every
-    # run, as all random numbers of the tests are: what fails once fails again.
+    # The first example of a shape compiles; that says nothing about the code's speed. The examples are the same in
+    # every run, as all random numbers of the tests are: what fails once fails again.
     hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
     hypothesis.settings.load_profile("reproducible")
 

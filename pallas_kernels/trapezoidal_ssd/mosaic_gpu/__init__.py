@@ -28,7 +28,7 @@ _PARAMETERS = ("D", "B_bias", "C_bias")
 
 
 ON_TRIAL = True
-"""Two of the first fifteen GPU tests failed, and why is not known yet: docs/mamba3.md."""
+"""Two of the first fifteen GPU tests failed, and the kernels have not run on a GPU since: docs/mamba3.md."""
 
 
 def unsupported_reason(

@@ -55,10 +55,10 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
             plgpu.commit_smem()
             scores = blocks.product((B, C)) * blocks.finite(blocks.decays(tokens, transpose=True, rank=p.rank))
             store(weights, jnp.where(row <= column, scores, 0.0).astype(dtype))
+            plgpu.commit_smem()
             # Of the chunk before.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             release()
-            plgpu.commit_smem()
 
             y = blocks.product((state.astype(dtype), C))
             y = y * blocks.by_column(jnp.exp2(blocks.load(tokens.at[0], blocks.COLUMNS)), CHANNELS)
