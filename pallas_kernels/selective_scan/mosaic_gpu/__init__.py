@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.batching import Arrays, batch_by_folding
+from pallas_kernels.batching import Arrays
+from pallas_kernels.differentiation import with_backward_pass
 from pallas_kernels.mosaic_gpu_compat import missing_hardware
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.selective_scan.inputs import Inputs
@@ -18,8 +20,6 @@ from pallas_kernels.selective_scan.mosaic_gpu.geometry import KEEP_LANES, MAX_ST
 from pallas_kernels.sharding import vary_like
 
 _TOKEN_DTYPES = ("float32", "bfloat16", "float16")
-
-_PARAMETERS = ("A", "D", "delta_bias")
 
 
 def unsupported_reason(inputs: Inputs, *, delta_softplus: bool) -> str | None:
@@ -42,86 +42,56 @@ def selective_scan(inputs: Inputs, *, delta_softplus: bool) -> tuple[jax.Array, 
     keep = arrays.pop("segment_ids", None)
     if keep is not None:
         arrays["keep"] = 1.0 - segment_starts(keep).astype(jnp.float32)
-    return _scan(arrays, delta_softplus)
+    return _scan(delta_softplus)(arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scan(arrays: Arrays, delta_softplus: bool) -> tuple[jax.Array, jax.Array]:
-    results = _forward(delta_softplus, False)(arrays)
-    return results["y"], results["final_state"]
+@functools.cache
+def _scan(delta_softplus: bool) -> Callable[[Arrays], tuple[jax.Array, jax.Array]]:
+    """The scan of arrays as ``Inputs`` describes them, but with "keep" in place of the segment ids."""
+    return with_backward_pass(
+        functools.partial(_forward, delta_softplus=delta_softplus),
+        functools.partial(_backward, delta_softplus=delta_softplus),
+        parameters=("A", "D", "delta_bias"),
+    )
 
 
-def _scan_forward(arrays: Arrays, delta_softplus: bool) -> tuple[tuple[jax.Array, jax.Array], tuple[Arrays, jax.Array]]:
-    results = _forward(delta_softplus, True)(arrays)
-    return (results["y"], results["final_state"]), (arrays, results["states"])
+def _forward(arrays: Arrays, *, delta_softplus: bool, save_states: bool) -> Arrays:
+    """Returns "y" and "final_state", and what the backward pass will want of "states"."""
+    p, padded = _prepare(arrays, delta_softplus, plan.forward)
+    if p.num_parts > 1:
+        padded |= parts.summarize(p, padded, reverse=False)
+    results = forward.scan(p, padded, save_states=save_states)
+    trimmed = {
+        "y": _trim_channels(results["y"], arrays["x"].shape[2], p),
+        "final_state": _from_tiles(results["final_state"], arrays["A"], p),
+    }
+    if save_states:
+        trimmed["states"] = results["states"]
+    return trimmed
 
 
-def _scan_backward(
-    delta_softplus: bool, residuals: tuple[Arrays, jax.Array], cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[Arrays]:
-    arrays, states = residuals
-    dy, dfinal_state = cotangents
-    more = {"states": states, "dy": dy, "dfinal_state": dfinal_state}
-    gradients = _backward(delta_softplus)(arrays | more)
-    for name in _PARAMETERS:
+def _backward(arrays: Arrays, *, delta_softplus: bool) -> Arrays:
+    """Returns gradients by the names of their arrays, those of parameters one an element of the batch."""
+    p, padded = _prepare(arrays, delta_softplus, plan.backward)
+    if p.num_parts > 1:
+        padded |= parts.summarize(p, padded, reverse=True)
+    results = backward.scan(p, padded)
+    channels = arrays["x"].shape[2]
+    gradients = {}
+    for name in ("x", "delta", "z"):
         if name in arrays:
-            gradients[name] = jnp.sum(gradients[name], axis=0)
-    return ({name: gradients[name].astype(array.dtype) for name, array in arrays.items()},)
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
-
-
-@functools.cache
-def _forward(delta_softplus: bool, save_states: bool) -> Any:
-    """The forward pass on arrays as ``Inputs`` describes them."""
-
-    @functools.partial(batch_by_folding, parameters=_PARAMETERS)
-    def run(arrays: Arrays) -> Arrays:
-        p, padded = _prepare(arrays, delta_softplus, plan.forward)
-        if p.num_parts > 1:
-            padded |= parts.summarize(p, padded, reverse=False)
-        results = forward.scan(p, padded, save_states=save_states)
-        channels = arrays["x"].shape[2]
-        trimmed = {
-            "y": _trim_channels(results["y"], channels, p),
-            "final_state": _from_tiles(results["final_state"], arrays["A"], p),
-        }
-        if save_states:
-            trimmed["states"] = results["states"]
-        return trimmed
-
-    return run
-
-
-@functools.cache
-def _backward(delta_softplus: bool) -> Any:
-    """The backward pass: gradients by the names of their arrays, those of parameters one an element of the batch."""
-
-    @functools.partial(batch_by_folding, parameters=_PARAMETERS)
-    def run(arrays: Arrays) -> Arrays:
-        p, padded = _prepare(arrays, delta_softplus, plan.backward)
-        if p.num_parts > 1:
-            padded |= parts.summarize(p, padded, reverse=True)
-        results = backward.scan(p, padded)
-        channels = arrays["x"].shape[2]
-        gradients = {}
-        for name in ("x", "delta", "z"):
-            if name in arrays:
-                gradients[name] = _trim_channels(results[f"d{name}"], channels, p)
-        for name, matrix in zip(("B", "C"), jnp.split(results["dBC"], 2, axis=3), strict=True):
-            gradients[name] = matrix.reshape(*matrix.shape[:3], p.geometry.state)[..., : arrays["A"].shape[1]]
-        gradients["A"] = _from_tiles(jnp.sum(results["dA"], axis=1), arrays["A"], p)
-        for name in ("D", "delta_bias"):
-            if name in arrays:
-                gradients[name] = _trim_channels(jnp.sum(results[f"d{name}"], axis=1), channels, p)
-        if "initial_state" in arrays:
-            gradients["initial_state"] = _from_tiles(results["dinitial_state"], arrays["A"], p)
-        if "keep" in arrays:
-            gradients["keep"] = vary_like(jnp.zeros_like(arrays["keep"]), arrays["keep"])
-        return gradients
-
-    return run
+            gradients[name] = _trim_channels(results[f"d{name}"], channels, p)
+    for name, matrix in zip(("B", "C"), jnp.split(results["dBC"], 2, axis=3), strict=True):
+        gradients[name] = matrix.reshape(*matrix.shape[:3], p.geometry.state)[..., : arrays["A"].shape[1]]
+    gradients["A"] = _from_tiles(jnp.sum(results["dA"], axis=1), arrays["A"], p)
+    for name in ("D", "delta_bias"):
+        if name in arrays:
+            gradients[name] = _trim_channels(jnp.sum(results[f"d{name}"], axis=1), channels, p)
+    if "initial_state" in arrays:
+        gradients["initial_state"] = _from_tiles(results["dinitial_state"], arrays["A"], p)
+    if "keep" in arrays:
+        gradients["keep"] = vary_like(jnp.zeros_like(arrays["keep"]), arrays["keep"])
+    return gradients
 
 
 def _prepare(arrays: Arrays, delta_softplus: bool, choose: Any) -> tuple[Problem, Arrays]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.batching import Arrays, batch_by_folding
+from pallas_kernels.batching import Arrays
+from pallas_kernels.differentiation import with_backward_pass
 from pallas_kernels.mosaic_gpu_compat import WGMMA, missing_hardware
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.ssd.inputs import Inputs
@@ -18,9 +16,6 @@ from pallas_kernels.ssd.mosaic_gpu.call import Call
 
 MAX_STATE = 256
 
-_PARAMETERS = ("D",)
-_SAVED = ("states", "tokens")
-"""What the backward pass wants of the forward pass."""
 FORGET = -1e4
 """Logarithm of the decay where a segment starts: nothing is left."""
 
@@ -65,45 +60,6 @@ def ssd(
     return y, final_state
 
 
-@jax.custom_vjp
-def _scan(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
-    results = _forward(False)(arrays)
-    return results["y"], results["final_state"]
-
-
-def _scan_forward(arrays: Arrays) -> tuple[tuple[jax.Array, jax.Array], tuple[Arrays, Arrays]]:
-    results = _forward(True)(arrays)
-    return (results["y"], results["final_state"]), (arrays, {name: results[name] for name in _SAVED})
-
-
-def _scan_backward(residuals: tuple[Arrays, Arrays], cotangents: tuple[jax.Array, jax.Array]) -> tuple[Arrays]:
-    arrays, saved = residuals
-    dy, dfinal_state = cotangents
-    gradients = _backward(arrays | saved | {"dy": dy, "dfinal_state": dfinal_state})
-    if "D" in arrays:
-        gradients["D"] = jnp.sum(gradients["D"], axis=0)
-    return ({name: gradients[name].astype(array.dtype) for name, array in arrays.items()},)
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
-
-
-@functools.cache
-def _forward(save_states: bool) -> Any:
-    """The forward pass, with or without what the backward pass needs."""
-
-    @functools.partial(batch_by_folding, parameters=_PARAMETERS)
-    def run(arrays: Arrays) -> Arrays:
-        return forward_pass(Call(arrays), arrays, save_states=save_states)
-
-    return run
-
-
-@functools.partial(batch_by_folding, parameters=_PARAMETERS)
-def _backward(arrays: Arrays) -> Arrays:
-    return backward_pass(Call(arrays), arrays)
-
-
 def forward_pass(call: Call, arrays: Arrays, *, save_states: bool) -> Arrays:
     """Returns "y" and "final_state", and with ``save_states`` what the backward pass will want: "states", "tokens"."""
     inputs = call.prepared(arrays, "x", "B", "C", "D")
@@ -138,3 +94,10 @@ def backward_pass(call: Call, arrays: Arrays) -> Arrays:
     if "initial_state" in arrays:
         gradients["initial_state"] = call.trim_state(walked["end"][:, 0])
     return gradients
+
+
+_scan = with_backward_pass(
+    lambda arrays, *, save_states: forward_pass(Call(arrays), arrays, save_states=save_states),
+    lambda arrays: backward_pass(Call(arrays), arrays),
+    parameters=("D",),
+)

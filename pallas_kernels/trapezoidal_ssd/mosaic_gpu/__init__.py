@@ -9,12 +9,12 @@ the kernels' masks know which rows are one token.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.batching import Arrays, batch_by_folding
+from pallas_kernels.batching import Arrays
+from pallas_kernels.differentiation import with_backward_pass
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.ssd import mosaic_gpu as ssd_kernels
 from pallas_kernels.ssd.mosaic_gpu import slopes, states
@@ -23,9 +23,6 @@ from pallas_kernels.ssd.mosaic_gpu.call import Call
 from pallas_kernels.trapezoidal_ssd import ranks, weights
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
 from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles, backward, forward, heads, plan, turning
-
-_PARAMETERS = ("D", "B_bias", "C_bias")
-
 
 ON_TRIAL = True
 """Two of the first fifteen GPU tests failed, and the kernels have not run on a GPU since: docs/mamba3.md."""
@@ -112,47 +109,6 @@ def _as_ranks(array: jax.Array, rows: int) -> jax.Array:
     return jnp.swapaxes(array.reshape(array.shape[0], -1, rows, *array.shape[2:]), 2, 3)
 
 
-@jax.custom_vjp
-def _scan(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
-    results = _forward(False)(arrays)
-    return results["y"], results["final_state"]
-
-
-def _scan_forward(arrays: Arrays) -> tuple[tuple[jax.Array, jax.Array], tuple[Arrays, Arrays]]:
-    results = _forward(True)(arrays)
-    saved = {name: results[name] for name in ("states", "end")}
-    return (results["y"], results["final_state"]), (arrays, saved)
-
-
-def _scan_backward(residuals: tuple[Arrays, Arrays], cotangents: tuple[jax.Array, jax.Array]) -> tuple[Arrays]:
-    arrays, saved = residuals
-    dy, dfinal_state = cotangents
-    gradients = _backward(arrays | saved | {"dy": dy, "dfinal_state": dfinal_state})
-    for name in _PARAMETERS:
-        if name in arrays:
-            gradients[name] = jnp.sum(gradients[name], axis=0)
-    return ({name: gradients[name].astype(array.dtype) for name, array in arrays.items()},)
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
-
-
-@functools.cache
-def _forward(save_states: bool) -> Any:
-    """The forward pass, with or without what the backward pass needs."""
-
-    @functools.partial(batch_by_folding, parameters=_PARAMETERS)
-    def run(arrays: Arrays) -> Arrays:
-        return forward_pass(arrays, save_states=save_states)
-
-    return run
-
-
-@functools.partial(batch_by_folding, parameters=_PARAMETERS)
-def _backward(arrays: Arrays) -> Arrays:
-    return backward_pass(arrays)
-
-
 def forward_pass(arrays: Arrays, *, save_states: bool) -> Arrays:
     """Returns "y" and "final_state", and what the backward pass will want of "states" and "end"."""
     made = _kernel_arrays(arrays)
@@ -195,6 +151,9 @@ def backward_pass(arrays: Arrays) -> Arrays:
     for name in ("B", "C"):
         gradients |= _matrix_gradients(call, name, arrays, results[f"d{name}"])
     return gradients
+
+
+_scan = with_backward_pass(forward_pass, backward_pass, parameters=("D", "B_bias", "C_bias"))
 
 
 def _matrix_gradients(call: Call, name: str, arrays: Arrays, by_head: jax.Array) -> Arrays:

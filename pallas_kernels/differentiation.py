@@ -1,0 +1,53 @@
+"""Operators that are differentiated by a backward pass of their own, as kernels are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.batching import Arrays, batch_by_folding
+
+
+def with_backward_pass(
+    forward: Callable[..., Arrays], backward: Callable[[Arrays], Arrays], *, parameters: Collection[str]
+) -> Callable[[Arrays], tuple[jax.Array, jax.Array]]:
+    """Joins two passes to an operator, ``operator(arrays) -> (y, final_state)``, that JAX can differentiate and batch.
+
+    Both passes take and return arrays by name, with the batch as their first dimension; only the inputs that are
+    parameters have no batch.
+
+    Args:
+        forward: ``forward(arrays, save_states=...)`` returns "y", "final_state", and with ``save_states`` whatever else
+            the backward pass will want.
+        backward: called with the same arrays, what was saved, "dy" and "dfinal_state"; returns the gradient of every one
+            of the arrays by its name, those of parameters too one an element of the batch.
+        parameters: names of the parameters, whether a call has them or not.
+    """
+    fold = functools.partial(batch_by_folding, parameters=parameters)
+    run = fold(functools.partial(forward, save_states=False))
+    run_and_save = fold(functools.partial(forward, save_states=True))
+    run_backward = fold(backward)
+
+    @jax.custom_vjp
+    def operator(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+        results = run(arrays)
+        return results["y"], results["final_state"]
+
+    def operator_forward(arrays: Arrays) -> tuple[tuple[jax.Array, jax.Array], tuple[Arrays, Arrays]]:
+        saved = run_and_save(arrays)
+        return (saved.pop("y"), saved.pop("final_state")), (arrays, saved)
+
+    def operator_backward(residuals: tuple[Arrays, Arrays], cotangents: tuple[jax.Array, jax.Array]) -> tuple[Arrays]:
+        arrays, saved = residuals
+        dy, dfinal_state = cotangents
+        gradients = run_backward(arrays | saved | {"dy": dy, "dfinal_state": dfinal_state})
+        for name in parameters:
+            if name in arrays:
+                gradients[name] = jnp.sum(gradients[name], axis=0)
+        return ({name: gradients[name].astype(array.dtype) for name, array in arrays.items()},)
+
+    operator.defvjp(operator_forward, operator_backward)
+    return operator
