@@ -13,7 +13,7 @@ from benchmarks import peers
 from benchmarks.hardware import Limits
 from benchmarks.operators import Arrays, Direction, Shape
 from benchmarks.prepare import FAILURES, Problem, Programs
-from benchmarks.suites import Case, Key
+from benchmarks.suites import Call, Case
 from benchmarks.timing import Timing, time_program
 
 MAX_ERROR: dict[Direction, float] = {"forward": 5e-3, "backward": 1e-2}
@@ -31,9 +31,9 @@ class Result:
     shape: Shape
 
     @property
-    def key(self) -> Key:
+    def call(self) -> Call:
         """The case's."""
-        return self.suite, self.operator, self.implementation, self.direction, frozenset(self.shape.items())
+        return self.operator, self.implementation, self.direction, frozenset(self.shape.items())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import functools
@@ -20,7 +21,7 @@ import jax
 from benchmarks.crossover import crossovers
 from benchmarks.hardware import Limits
 from benchmarks.measure import Failure, Measurement
-from benchmarks.suites import Case
+from benchmarks.suites import Call, Case
 from benchmarks.timing import Timing
 from train.errors import UserError
 
@@ -50,13 +51,22 @@ def conditions(*, quick: bool, samples: int, seed: int) -> dict[str, Any]:
 class Records:
     """The measurements of one benchmark. A file holds those made under one set of conditions only."""
 
-    def __init__(self, path: Path, conditions: Mapping[str, Any], cases: Sequence[Case], *, overwrite: bool):
+    def __init__(
+        self,
+        path: Path,
+        conditions: Mapping[str, Any],
+        cases: Sequence[Case],
+        wanted: Sequence[Case],
+        *,
+        overwrite: bool,
+    ):
         """Reads a file, if there is one.
 
         Args:
             path: JSON file of the measurements.
             conditions: what they depend on.
             cases: all that the benchmark can have, in the order in which measurements are kept.
+            wanted: those of this run. A call that two suites have is measured once.
             overwrite: forget what the file has.
 
         Raises:
@@ -64,10 +74,13 @@ class Records:
         """
         self._path = path
         self._conditions = dict(conditions)
-        self._order = {case.key: place for place, case in enumerate(cases)}
+        self._order = {(case.suite, case.call): place for place, case in enumerate(cases)}
+        self._wanted: dict[Call, list[str]] = collections.defaultdict(list)
+        for case in wanted:
+            self._wanted[case.call].append(case.suite)
         self._runs: list[dict[str, str]] = []
-        self._measurements: dict[Any, Measurement] = {}
-        self._failures: dict[Any, Failure] = {}
+        self._measurements: dict[tuple[str, Call], Measurement] = {}
+        self._failures: dict[tuple[str, Call], Failure] = {}
         self.limits: Limits | None = None
         """Of the device, as the first run measured them: what the measurements are shares of."""
         if path.exists() and not overwrite:
@@ -80,19 +93,23 @@ class Records:
     @property
     def measurements(self) -> list[Measurement]:
         """In the order of the cases, whichever run made them."""
-        return sorted(self._measurements.values(), key=lambda measurement: self._order[measurement.key])
+        return sorted(
+            self._measurements.values(), key=lambda measurement: self._order[measurement.suite, measurement.call]
+        )
 
     def has(self, case: Case) -> bool:
         """Whether a case is measured. One that failed is not: it is tried again."""
-        return case.key in self._measurements
+        return (case.suite, case.call) in self._measurements
 
     def add(self, result: Measurement | Failure) -> None:
-        """Keeps a result, in memory only."""
-        self._failures.pop(result.key, None)
-        if isinstance(result, Failure):
-            self._failures[result.key] = result
-        else:
-            self._measurements[result.key] = result
+        """Keeps a result, in memory only, for each wanted suite that has the call."""
+        for suite in {result.suite, *self._wanted[result.call]}:
+            key = suite, result.call
+            self._failures.pop(key, None)
+            if isinstance(result, Failure):
+                self._failures[key] = dataclasses.replace(result, suite=suite)
+            else:
+                self._measurements[key] = dataclasses.replace(result, suite=suite)
 
     def write(self) -> None:
         """Writes all there is in one go: a run that is cut off leaves a whole file."""
@@ -127,7 +144,8 @@ class Records:
         for entry in report["measurements"]:
             self.add(Measurement(**{**entry, "timing": Timing(**entry["timing"])}))
         for entry in report["failures"]:
-            self.add(Failure(**entry))
+            failure = Failure(**entry)
+            self._failures[failure.suite, failure.call] = failure
 
 
 _WAY_OUT = "Give another --output, or --overwrite to forget it."

@@ -11,8 +11,8 @@ from benchmarks.operators import ATTENTION, OPERATORS, Direction, Operator, Shap
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
-Key = tuple[str, str, str, Direction, frozenset[tuple[str, int]]]
-"""Suite, operator, implementation, direction and shape."""
+Call = tuple[str, str, Direction, frozenset[tuple[str, int]]]
+"""Operator, implementation, direction and shape; suites share some."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Case:
     shape: Shape
 
     @property
-    def key(self) -> Key:
-        """What a measurement of it is known by."""
-        return self.suite, self.operator.name, self.implementation, self.direction, frozenset(self.shape.items())
+    def call(self) -> Call:
+        """What is measured."""
+        return self.operator.name, self.implementation, self.direction, frozenset(self.shape.items())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,8 @@ def run(*arguments: str) -> None:
 @pytest.fixture
 def smallest(monkeypatch):
     sizes = suites.Sizes(
-        tokens=((1, 16, 32),),
+        # The first length and the last state of the sweeps: measured once.
+        tokens=((1, 8, 32),),
         state=2,
         ssd_state=2,
         width=2,
@@ -61,7 +62,17 @@ def test_writes_table_json_and_pictures(tmp_path, capsys):
     ):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert printed.count("selective_scan  backward  xla") == 5
+    assert printed.count("selective_scan  backward  xla") == 3
+    backward = [m for m in report["measurements"] if (m["operator"], m["direction"]) == ("selective_scan", "backward")]
+    assert [(m["suite"], m["shape"]["length"], m["shape"]["state"]) for m in backward] == [
+        ("shapes", 8, 2),
+        ("length", 8, 2),
+        ("length", 16, 2),
+        ("state", 8, 1),
+        ("state", 8, 2),
+    ]
+    timings = [m["timing"] for m in backward]
+    assert timings[0] == timings[1] == timings[4]
     assert "than attention" in printed
 
 
@@ -112,9 +123,11 @@ class TestPieces:
         assert len(after["runs"]) == 2
 
     def test_pieces_are_kept_in_one_order_whichever_was_first(self, output):
-        self.run(output, "--suites", "length")
+        length = self.run(output, "--suites", "length")
         report = self.run(output, "--suites", "shapes")
         assert [m["suite"] for m in report["measurements"]] == ["shapes"] * 2 + ["length"] * 4
+        # The shape is one of the lengths, which the first run has measured.
+        assert report["measurements"][0]["timing"] == length["measurements"][0]["timing"]
         assert (output / "causal_conv1d_by_length.png").exists()
 
     def test_out_of_time_is_said(self, output, capsys):
