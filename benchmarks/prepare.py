@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import peers
-from benchmarks.operators import DTYPE, Operator
+from benchmarks.operators import DTYPE, Arrays, Operator
 from benchmarks.suites import Case
 from benchmarks.timing import MAX_CALLS, Program, compile_calls
 
@@ -29,6 +29,7 @@ _MIN_ROTATED_BYTES = 256e6
 _MAX_CHECKED = 1 << 18
 """Tokens times channels that are compared with the reference; of a larger problem, a few channels."""
 _CHECKED_CHANNELS = 8
+_REFERENCE_CHUNK = 256
 _PROGRESS_SECONDS = 20
 
 # JAX's own, of which lacking memory is one, UnsupportedError, and what cuDNN's checks of its arguments raise.
@@ -155,6 +156,31 @@ def _kept(operator: Operator, arrays: Any) -> dict[str, int]:
     return {dim: n for dim, n in {"batch": 1, operator.independent_dim: few_channels}.items() if n < sizes[dim]}
 
 
+def _reference(operator: Operator, arrays: Arrays) -> jax.Array:
+    """Runs an operator's reference in chunks: it keeps every state for the backward pass, here of one chunk at a time.
+
+    Of 131,072 tokens with 64 × 128 numbers of state each they would be tens of gigabytes, and take half a minute.
+    """
+    call = functools.partial(operator.call, implementation="reference")
+    batch, length, *_ = arrays["x"].shape
+    if length % _REFERENCE_CHUNK:
+        return call(arrays)
+    tokens = {name: array for name, array in arrays.items() if "length" in operator.dims[name]}
+    shared = {name: array for name, array in arrays.items() if name not in tokens}
+
+    @jax.checkpoint
+    def run(state: Any, chunk: Arrays) -> tuple[Any, jax.Array]:
+        return call({**shared, **chunk}, initial_state=state, return_final_state=True)[::-1]
+
+    def cut(array: jax.Array) -> jax.Array:
+        return jnp.moveaxis(array.reshape(batch, -1, _REFERENCE_CHUNK, *array.shape[2:]), 1, 0)
+
+    _, state = jax.eval_shape(lambda: call(arrays, return_final_state=True))
+    state = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), state)
+    _, y = jax.lax.scan(run, state, jax.tree.map(cut, tokens))
+    return jnp.moveaxis(y, 0, 1).reshape(arrays["x"].shape)
+
+
 def _compile_reference(operator: Operator, arrays: Any, dy: Any, kept: dict[str, int]) -> Program:
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
@@ -162,7 +188,7 @@ def _compile_reference(operator: Operator, arrays: Any, dy: Any, kept: dict[str,
         sizes = [kept.get(dim, size) for dim, size in zip(dims, array.shape, strict=True)]
         return jax.ShapeDtypeStruct(sizes, jnp.float64, sharding=cpu)
 
-    reference = functools.partial(operator.call, implementation="reference")
+    reference = functools.partial(_reference, operator)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         few = {name: cut(array, operator.dims[name]) for name, array in arrays.items()}
         if dy is None:
