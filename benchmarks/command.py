@@ -111,6 +111,9 @@ def _benchmark(names: list[str], options: argparse.Namespace, *, on_gpu: bool) -
     print()
     if unmeasured:
         print(f"out of time: {unmeasured} of {len(planned)} cases are not measured; the same command goes on from here")
+    if unmeasured and unmeasured == len(left):
+        # The same command would compile as much, and end here again.
+        print("nothing was measured: name fewer operators or suites at once, or give more --seconds")
     measurements = records.measurements
     for name, lengths in crossovers(measurements).items():
         for direction, length in lengths.items():
