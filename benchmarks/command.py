@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import OPERATOR_NAMES, SUITES
 from train.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from benchmarks.records import Records
+    from benchmarks.suites import Case
+
+_SEED = 0
+"""Of the inputs: every run measures the same ones."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,15 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=float,
         metavar="S",
-        help="start no measurement after so many seconds; what was measured until then is written as ever",
+        help="start no measurement after so many seconds; what was measured until then is written as ever, and the "
+        "same command goes on from there",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("runs/benchmark"),
         metavar="DIR",
-        help="folder for results (default: runs/benchmark)",
+        help="folder for results, whose cases are not measured again (default: runs/benchmark)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="forget the results that the folder has")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -50,7 +62,8 @@ def run(options: argparse.Namespace) -> None:
 
     Raises:
         UsageError: the options ask for what there is not.
-        UserError: an operator's result is wrong, or the results cannot be written.
+        UserError: an operator's result is wrong, the folder has results made under other conditions, or cannot be
+            written.
     """
     names = list(dict.fromkeys(options.operators)) or list(OPERATOR_NAMES)
     if unknown := [name for name in names if name not in OPERATOR_NAMES]:
@@ -72,45 +85,82 @@ def run(options: argparse.Namespace) -> None:
 
 def _benchmark(names: list[str], options: argparse.Namespace, *, on_gpu: bool) -> None:
     from benchmarks import report
+    from benchmarks.crossover import crossovers
     from benchmarks.hardware import measure_limits
-    from benchmarks.measure import Measurement, measure, measure_peer
+    from benchmarks.records import Records, conditions
     from benchmarks.suites import FULL, QUICK, cases
 
-    limits = measure_limits(copy_bytes=1 << (20 if options.quick else 31))
-    print(f"{limits.device}: copies at {limits.bytes / 1e9:.0f} GB/s, read and written\n\n{report.HEADER}", flush=True)
-    measurements: list[Measurement] = []
-    failures = []
-    path = options.output / "benchmark.json"
     deadline = math.inf if options.seconds is None else time.monotonic() + options.seconds
-    planned = list(cases(QUICK if options.quick else FULL, names, options.suites, on_gpu=on_gpu))
-    for number, case in enumerate(planned):
-        if time.monotonic() > deadline:
-            failures.append(f"out of time: {len(planned) - number} of {len(planned)} cases were not measured")
-            print(failures[-1], flush=True)
-            break
-        try:
-            results = [measure(case, limits, samples=options.samples)]
-            if on_gpu and case.implementation == case.operator.implementations[0]:
-                results += measure_peer(case, limits, samples=options.samples)
-        # JAX's own, of which lacking memory is one, UnsupportedError, and what cuDNN's checks of its arguments raise.
-        except (RuntimeError, ValueError) as error:
-            shape = ", ".join(f"{dim} {size}" for dim, size in case.shape.items())
-            reason = str(error).splitlines()[0]
-            failures.append(f"{case.operator.name} {case.direction} by {case.implementation}, {shape}: {reason}")
-            print(failures[-1], flush=True)
-            continue
-        for measurement in results:
-            print(report.row(measurement), flush=True)
-        measurements += results
-        # After every case: a run that is cut off leaves what it has measured.
-        report.write_json(path, measurements, limits, failures)
+    sizes = QUICK if options.quick else FULL
+    path = options.output / "benchmark.json"
+    made_under = conditions(quick=options.quick, samples=options.samples, seed=_SEED)
+    every_case = list(cases(sizes, OPERATOR_NAMES, SUITES, on_gpu=on_gpu))
+    # In the order of SUITES, and a call that two of them have only in the first.
+    wanted = list(cases(sizes, names, [suite for suite in SUITES if suite in options.suites], on_gpu=on_gpu))
+    records = Records(path, made_under, every_case, wanted, overwrite=options.overwrite)
+    planned = list({case.call: case for case in reversed(wanted)}.values())[::-1]
+    left = [case for case in planned if not records.has(case)]
+    if len(left) < len(planned):
+        print(f"{path} has {len(planned) - len(left)} of {len(planned)} cases; --overwrite measures them again")
+    if records.limits is None:
+        records.limits = measure_limits(copy_bytes=1 << (20 if options.quick else 31))
+    limits = records.limits
+    print(f"{limits.device}: copies at {limits.bytes / 1e9:.0f} GB/s, read and written", flush=True)
+
+    unmeasured = _measure(left, records, samples=options.samples, deadline=deadline)
     print()
-    for name, lengths in report.crossovers(measurements).items():
+    if unmeasured:
+        print(f"out of time: {unmeasured} of {len(planned)} cases are not measured; the same command goes on from here")
+    if unmeasured and unmeasured == len(left):
+        # The same command would compile as much, and end here again.
+        print("nothing was measured: name fewer operators or suites at once, or give more --seconds")
+    measurements = records.measurements
+    for name, lengths in crossovers(measurements).items():
         for direction, length in lengths.items():
             verdict = "not at any of these lengths" if length is None else f"from {length:,.0f} tokens on"
             print(f"{name} is faster {direction} than attention {verdict}")
-    report.write_json(path, measurements, limits, failures)
+    records.write()
     for written in (path, *report.draw(options.output, measurements, limits.device)):
         print(f"wrote {written}")
     if wrong := [m for m in measurements if not m.is_right]:
         raise UserError(f"{len(wrong)} of {len(measurements)} results are wrong, marked so in the table.")
+
+
+def _measure(cases: Sequence[Case], records: Records, *, samples: int, deadline: float) -> int:
+    """Measures cases, a suite's after the other's, and prints rows; returns how many the deadline left undone."""
+    from benchmarks import report
+    from benchmarks.measure import Failure, fail, measure
+    from benchmarks.prepare import prepare_all, problems
+    from benchmarks.progress import Progress
+
+    assert records.limits is not None
+    progress = Progress(len(cases))
+    unmeasured = len(cases)
+    for suite, of_suite in itertools.groupby(cases, lambda case: case.suite):
+        if time.monotonic() > deadline:
+            break
+        groups = problems(list(of_suite))
+        count = sum(len(group) for group in groups)
+        print(f"\n{suite}: compiling the programs of {count} cases", flush=True)
+        began = time.monotonic()
+        prepared = prepare_all(groups, lambda done, groups=groups: print(f"{done} of {len(groups)} shapes", flush=True))
+        progress.add_compiled(count, time.monotonic() - began)
+        print(f"\n{report.HEADER}", flush=True)
+        for group, problem in zip(groups, prepared, strict=True):
+            if time.monotonic() > deadline:
+                break
+            if isinstance(problem, Exception):
+                results = (fail(case, problem) for case in group)
+            else:
+                results = measure(problem, records.limits, samples=samples, seed=_SEED)
+            began = time.monotonic()
+            for result in results:
+                records.add(result)
+                # After every case: a run that is cut off leaves what it has measured.
+                records.write()
+                ended = time.monotonic()
+                progress.add_measured(ended - began)
+                began = ended
+                unmeasured -= 1
+                print(f"{result if isinstance(result, Failure) else report.row(result)}  {progress}", flush=True)
+    return unmeasured

@@ -1,41 +1,45 @@
-"""Times one call and checks what it computes."""
+"""Times calls and checks what they compute."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers
 from benchmarks.hardware import Limits
-from benchmarks.operators import Arrays, Direction, Operator, Shape
-from benchmarks.suites import Case
-from benchmarks.timing import MAX_CALLS, Timing, time_calls
+from benchmarks.operators import Arrays, Direction, Shape
+from benchmarks.prepare import FAILURES, Problem, Programs
+from benchmarks.suites import Call, Case
+from benchmarks.timing import Timing, time_program
 
-_MIN_ROTATED_BYTES = 256e6
-"""Inputs of all sets together: several times the 60 MB of an H200's cache."""
-_MAX_CHECKED = 1 << 18
-"""Tokens times channels that are compared with the reference; of a larger problem, a few channels."""
-_CHECKED_CHANNELS = 8
 MAX_ERROR: dict[Direction, float] = {"forward": 5e-3, "backward": 1e-2}
 """Of 16-bit inputs, as ‖out − ref‖ / ‖ref‖."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
-    """What was measured of a case, and what that means."""
+class Result:
+    """What came of a case."""
 
     suite: str
     operator: str
     implementation: str
     direction: Direction
     shape: Shape
+
+    @property
+    def call(self) -> Call:
+        """The case's."""
+        return self.operator, self.implementation, self.direction, frozenset(self.shape.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement(Result):
+    """What was measured of a case, and what that means."""
+
     timing: Timing
     bytes_per_second: float
     flops_per_second: float
@@ -54,48 +58,93 @@ class Measurement:
         return all(error <= MAX_ERROR[self.direction] for error in self.errors.values())
 
 
-def measure(case: Case, limits: Limits, *, samples: int, seed: int = 0) -> Measurement:
-    """Measures a case on random inputs, which are the same for the same seed."""
-    operator = case.operator
-    set_bytes = _bytes(jax.eval_shape(lambda: operator.make(jax.random.key(0), case.shape)))
-    count = max(2, math.ceil(_MIN_ROTATED_BYTES / set_bytes)) if jax.default_backend() == "gpu" else 2
-    if count > MAX_CALLS:
-        count = -(-count // MAX_CALLS) * MAX_CALLS
-    make = jax.jit(lambda key: operator.make(key, case.shape))
-    sets = [make(key) for key in jax.random.split(jax.random.key(seed), count)]
+@dataclasses.dataclass(frozen=True)
+class Failure(Result):
+    """Why a case has no measurement."""
 
-    forward = functools.partial(operator.call, implementation=case.implementation)
-    if case.direction == "forward":
-        function: Callable[..., Any] = forward
-        calls = [(arrays,) for arrays in sets]
-        dy = None
+    reason: str
+
+    def __str__(self) -> str:
+        shape = ", ".join(f"{dim} {size}" for dim, size in self.shape.items())
+        return f"{self.operator} {self.direction} by {self.implementation}, {shape}: {self.reason}"
+
+
+def measure(problem: Problem, limits: Limits, *, samples: int, seed: int) -> Iterator[Measurement | Failure]:
+    """Measures a problem's cases on random inputs, which are the same for the same seed, in order."""
+    inputs = None
+    for case in problem.cases:
+        try:
+            if peers.is_peer(case.implementation):
+                # Its tensors need the room.
+                inputs = None
+                timing, errors = peers.time_peer(case.operator.name, case.direction, case.shape, samples=samples), {}
+            else:
+                programs = problem.programs[case.implementation]
+                if isinstance(programs, Exception):
+                    yield fail(case, programs)
+                    continue
+                inputs = inputs or _Inputs.draw(problem, seed)
+                timing, errors = _measure(problem, programs, inputs, samples=samples)
+        except FAILURES as error:
+            yield fail(case, error)
+        else:
+            yield _judge(case, timing, limits, errors)
+
+
+def fail(case: Case, error: Exception) -> Failure:
+    """Says why a case has no measurement."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return Failure(case.suite, case.operator.name, case.implementation, case.direction, case.shape, reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What all implementations of a problem are called with, and what they should return."""
+
+    sets: list[Arrays]
+    gradients: list[jax.Array] | None
+    """Of the output, one for each set; None where the forward pass is timed."""
+    expected: dict[str, np.ndarray]
+    """Of the first set, cut; empty where there is no reference."""
+
+    @classmethod
+    def draw(cls, problem: Problem, seed: int) -> _Inputs:
+        sets = [problem.make(key) for key in jax.random.split(jax.random.key(seed), problem.sets)]
+        gradients = None
+        if problem.gradient is not None:
+            gradients = [problem.gradient(jax.random.key(i)) for i in range(problem.sets)]
+        return cls(sets, gradients, _expected(problem, sets[0], None if gradients is None else gradients[0]))
+
+
+def _expected(problem: Problem, arrays: Arrays, dy: jax.Array | None) -> dict[str, np.ndarray]:
+    if problem.reference is None:
+        return {}
+    operator = problem.cases[0].operator
+    arguments: list[Any] = [{name: _cut(array, operator.dims[name], problem.kept) for name, array in arrays.items()}]
+    if dy is not None:
+        arguments.append(_cut(dy, operator.output_dims, problem.kept))
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        return {name: np.asarray(array) for name, array in problem.reference(*arguments).items()}
+
+
+def _measure(problem: Problem, programs: Programs, inputs: _Inputs, *, samples: int) -> tuple[Timing, dict[str, float]]:
+    if programs.forward is None or inputs.gradients is None:
+        calls: list[tuple[Any, ...]] = [(arrays,) for arrays in inputs.sets]
     else:
-        function = _apply
-        calls, dy = _backward_calls(forward, sets)
-    timing = time_calls(function, calls, samples=samples)
-
-    errors = {}
-    if operator.has_reference:
-        outputs = jax.jit(function)(*calls[0])
-        outputs = {"y": outputs} if case.direction == "forward" else outputs[0]
-        errors = _errors(operator, sets[0], dy, outputs)
-    return _judge(case, case.implementation, timing, limits, errors)
+        starts = [programs.forward(arrays) for arrays in inputs.sets]
+        calls = list(zip(starts, inputs.gradients, strict=True))
+    timing, outputs = time_program(programs.timed, calls, samples=samples)
+    if inputs.gradients is None:
+        outputs = {"y": outputs}
+    return timing, _errors(problem, outputs, inputs.expected)
 
 
-def measure_peer(case: Case, limits: Limits, *, samples: int) -> list[Measurement]:
-    """Measures the same call of a CUDA package, where one is installed."""
-    package = peers.package(case.operator)
-    if package is None:
-        return []
-    return [_judge(case, package, peers.time_peer(case, samples=samples), limits, {})]
-
-
-def _judge(case: Case, implementation: str, timing: Timing, limits: Limits, errors: dict[str, float]) -> Measurement:
+def _judge(case: Case, timing: Timing, limits: Limits, errors: dict[str, float]) -> Measurement:
     costs = case.operator.costs(case.shape, case.direction)
     return Measurement(
         case.suite,
         case.operator.name,
-        implementation,
+        case.implementation,
         case.direction,
         case.shape,
         timing,
@@ -107,53 +156,17 @@ def _judge(case: Case, implementation: str, timing: Timing, limits: Limits, erro
     )
 
 
-def _bytes(arrays: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
-
-
-def _apply(transpose: Callable[[jax.Array], Any], dy: jax.Array) -> Any:
-    return transpose(dy)
-
-
-def _backward_calls(forward: Callable[..., jax.Array], sets: list[Arrays]) -> tuple[list[Any], jax.Array]:
-    """Runs the forward passes; returns what the backward ones start from, and the first output's gradient."""
-    run = jax.jit(functools.partial(jax.vjp, forward))
-    calls = []
-    for i, arrays in enumerate(sets):
-        y, transpose = run(arrays)
-        calls.append((transpose, jax.random.normal(jax.random.key(i), y.shape, y.dtype)))
-    return calls, calls[0][1]
-
-
-def _errors(operator: Operator, arrays: Arrays, dy: jax.Array | None, outputs: Arrays) -> dict[str, float]:
-    """Compares outputs, or gradients where there is ``dy``, with the reference in float64 on a CPU.
-
-    Of a large problem only the first row's first channels or heads are compared, and no gradients that are sums over
-    others.
-    """
-    sizes = operator.sizes(arrays)
-    kept = {}
-    if arrays["x"].size > _MAX_CHECKED:
-        few_channels = max(1, _CHECKED_CHANNELS // sizes.get("head_dim", 1))
-        kept = {dim: n for dim, n in {"batch": 1, operator.independent_dim: few_channels}.items() if n < sizes[dim]}
-
-    def cut(array: jax.Array, dims: tuple[str, ...]) -> np.ndarray:
-        return np.asarray(array[tuple(slice(kept.get(dim)) for dim in dims)]).astype(np.float64)
-
-    few = {name: cut(array, operator.dims[name]) for name, array in arrays.items()}
-    reference = functools.partial(operator.call, implementation="reference")
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        few = jax.tree.map(jnp.asarray, few)
-        if dy is None:
-            wanted = {"y": jax.jit(reference)(few)}
-        else:
-            backward = jax.jit(lambda arrays, dy: jax.vjp(reference, arrays)[1](dy)[0])
-            wanted = backward(few, jnp.asarray(cut(dy, operator.output_dims)))
-        wanted = {name: np.asarray(array) for name, array in wanted.items()}
+def _errors(problem: Problem, outputs: Arrays, expected: dict[str, np.ndarray]) -> dict[str, float]:
+    """Compares what was computed while timing with the reference, but for gradients that are sums over what was cut."""
+    operator = problem.cases[0].operator
     errors = {}
-    for name, want in wanted.items():
+    for name, want in expected.items():
         dims = operator.dims.get(name, operator.output_dims)
-        if set(kept) <= set(dims):
-            difference = np.linalg.norm(cut(outputs[name], dims) - want)
+        if set(problem.kept) <= set(dims):
+            difference = np.linalg.norm(_cut(outputs[name], dims, problem.kept) - want)
             errors[name] = float(difference / np.linalg.norm(want))
     return errors
+
+
+def _cut(array: jax.Array, dims: tuple[str, ...], kept: Mapping[str, int]) -> np.ndarray:
+    return np.asarray(array[tuple(slice(kept.get(dim)) for dim in dims)]).astype(np.float64)

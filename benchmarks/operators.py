@@ -45,8 +45,11 @@ class Operator:
     output_dims: tuple[str, ...]
     make: Callable[[jax.Array, Shape], Arrays]
     """Draws inputs from a random key."""
-    call: Callable[..., jax.Array]
-    """``call(arrays, implementation=…)`` computes the output."""
+    call: Callable[..., Any]
+    """``call(arrays, implementation=…)`` computes the output.
+
+    Where there is a reference, ``initial_state`` and ``return_final_state=True`` may be given too.
+    """
     costs: Callable[[Shape, Direction], Costs]
     implementations: tuple[str, ...]
     independent_dim: str = "channels"
@@ -84,8 +87,8 @@ def _make_selective_scan(key: jax.Array, shape: Shape) -> Arrays:
     }
 
 
-def _call_selective_scan(arrays: Arrays, implementation: str) -> jax.Array:
-    return selective_scan(**arrays, delta_softplus=True, implementation=implementation)  # type: ignore[return-value]
+def _call_selective_scan(arrays: Arrays, **options: Any) -> Any:
+    return selective_scan(**arrays, delta_softplus=True, **options)
 
 
 def _selective_scan_costs(shape: Shape, direction: Direction) -> Costs:
@@ -115,8 +118,8 @@ def _make_ssd(key: jax.Array, shape: Shape) -> Arrays:
     }
 
 
-def _call_ssd(arrays: Arrays, implementation: str) -> jax.Array:
-    return ssd(**arrays, delta_softplus=True, implementation=implementation)  # type: ignore[return-value]
+def _call_ssd(arrays: Arrays, **options: Any) -> Any:
+    return ssd(**arrays, delta_softplus=True, **options)
 
 
 def _ssd_costs(shape: Shape, direction: Direction) -> Costs:
@@ -152,8 +155,8 @@ def _make_trapezoidal_ssd(key: jax.Array, shape: Shape) -> Arrays:
     return arrays
 
 
-def _call_trapezoidal_ssd(arrays: Arrays, implementation: str) -> jax.Array:
-    return trapezoidal_ssd(**arrays, delta_softplus=True, implementation=implementation)  # type: ignore[return-value]
+def _call_trapezoidal_ssd(arrays: Arrays, **options: Any) -> Any:
+    return trapezoidal_ssd(**arrays, delta_softplus=True, **options)
 
 
 def _trapezoidal_ssd_costs(shape: Shape, direction: Direction) -> Costs:
@@ -177,8 +180,8 @@ def _make_causal_conv1d(key: jax.Array, shape: Shape) -> Arrays:
     }
 
 
-def _call_causal_conv1d(arrays: Arrays, implementation: str) -> jax.Array:
-    return causal_conv1d(**arrays, activation="silu", implementation=implementation)  # type: ignore[return-value]
+def _call_causal_conv1d(arrays: Arrays, **options: Any) -> Any:
+    return causal_conv1d(**arrays, activation="silu", **options)
 
 
 def _causal_conv1d_costs(shape: Shape, direction: Direction) -> Costs:

@@ -7,30 +7,34 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.operators import Operator
-from benchmarks.suites import Case
+from benchmarks.operators import Direction, Shape
 from benchmarks.timing import Timing
 
 _PACKAGES = {"selective_scan": "mamba_ssm", "ssd": "mamba_ssm", "causal_conv1d": "causal_conv1d"}
 _CALLS = 20
 
 
-def package(operator: Operator) -> str | None:
+def package(operator: str) -> str | None:
     """Name of the package that has this operator too, if it is installed."""
-    name = _PACKAGES.get(operator.name)
+    name = _PACKAGES.get(operator)
     return name if name is not None and importlib.util.find_spec(name) is not None else None
 
 
-def time_peer(case: Case, *, samples: int) -> Timing:
+def is_peer(implementation: str) -> bool:
+    """Whether an implementation is one of these packages, and not one of ours."""
+    return implementation in _PACKAGES.values()
+
+
+def time_peer(operator: str, direction: Direction, shape: Shape, *, samples: int) -> Timing:
     """Times the package's operator by CUDA events around several calls, on random inputs of the same kind."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    call, leaves = _ARGUMENTS[case.operator.name](torch, dict(case.shape))
+    call, leaves = _ARGUMENTS[operator](torch, dict(shape))
     y = call()
     dy = torch.randn_like(y)
 
     def run() -> None:
-        if case.direction == "forward":
+        if direction == "forward":
             with torch.no_grad():
                 call()
         else:

@@ -6,10 +6,13 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
-from benchmarks import SUITES
+from benchmarks import SUITES, peers
 from benchmarks.operators import ATTENTION, OPERATORS, Direction, Operator, Shape
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+
+Call = tuple[str, str, Direction, frozenset[tuple[str, int]]]
+"""Operator, implementation, direction and shape; suites share some."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +22,14 @@ class Case:
     suite: str
     operator: Operator
     implementation: str
+    """One of the operator's, or a CUDA package."""
     direction: Direction
     shape: Shape
+
+    @property
+    def call(self) -> Call:
+        """What is measured."""
+        return self.operator.name, self.implementation, self.direction, frozenset(self.shape.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +87,21 @@ def cases(sizes: Sizes, names: Sequence[str], suites: Sequence[str], *, on_gpu: 
     """
     for suite in suites:
         for operator, shape in _calls(sizes, names, suite):
-            wanted = operator.implementations if on_gpu else ("xla",)
-            if operator is ATTENTION:
-                wanted = wanted[:1]
+            wanted = _implementations(sizes, suite, operator, shape) if on_gpu else ("xla",)
             for direction, implementation in itertools.product(DIRECTIONS, wanted):
                 yield Case(suite, operator, implementation, direction, shape)
+
+
+def _implementations(sizes: Sizes, suite: str, operator: Operator, shape: Shape) -> tuple[str, ...]:
+    if operator is ATTENTION:
+        return operator.implementations[:1]
+    wanted = operator.implementations
+    # XLA's forms compile the longest, and loop over chunks of one size, so that their times grow evenly with the
+    # length: beside the kernels, half the points draw the same line.
+    if suite == "length" and shape["length"] not in sizes.lengths[::2]:
+        wanted = tuple(name for name in wanted if name != "xla")
+    package = peers.package(operator.name)
+    return wanted if package is None else (*wanted, package)
 
 
 def _calls(sizes: Sizes, names: Sequence[str], suite: str) -> Iterator[tuple[Operator, Shape]]:

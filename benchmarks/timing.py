@@ -22,6 +22,9 @@ from typing import Any
 
 import jax
 
+Program = jax.stages.Compiled
+"""Takes a list of ``MAX_CALLS`` sets of arguments, or of fewer if that is all, and returns a list of results."""
+
 _TARGET_SECONDS = 0.02
 """Time that a sample should take longer for its longer queue."""
 MAX_CALLS = 16
@@ -44,18 +47,33 @@ class Timing:
     """Seconds of a call's kernels by the profiler, without the gaps between them; None where there is no GPU."""
 
 
-def time_calls(function: Callable[..., Any], input_sets: Sequence[tuple[Any, ...]], *, samples: int = 15) -> Timing:
-    """Times calls of a function, compiled.
+def compile_calls(function: Callable[..., Any], inputs: tuple[Any, ...], *, sets: int) -> Program:
+    """Compiles a function for ``time_program``; needs no device memory for inputs.
 
     Args:
         function: takes arrays and Nones, returns a tree of arrays.
+        inputs: arguments of one call, or their shapes and dtypes.
+        sets: how many such sets of arguments there will be. Of more than ``MAX_CALLS`` there must be a multiple.
+    """
+    # In a jit of its own it is traced and lowered once, however many the calls. XLA inlines it before all else.
+    called = jax.jit(function)
+    program = jax.jit(lambda group: [called(*inputs) for inputs in group])
+    return program.lower([inputs] * min(sets, MAX_CALLS)).compile()
+
+
+def time_program(program: Program, input_sets: Sequence[tuple[Any, ...]], *, samples: int) -> tuple[Timing, Any]:
+    """Times a compiled program.
+
+    Args:
+        program: what ``compile_calls`` has made for as many sets.
         input_sets: arguments for one call each. Together they should be several times as large as the device's cache:
-            one set after the other, each has left the cache when its turn comes again. Of more than ``MAX_CALLS`` there
-            must be a multiple.
+            one set after the other, each has left the cache when its turn comes again.
         samples: how many measurements to take the median of.
+
+    Returns:
+        The timing, and what the timed program computed from the first set.
     """
     groups = [input_sets[i : i + MAX_CALLS] for i in range(0, len(input_sets), MAX_CALLS)]
-    program = jax.jit(lambda sets: [function(*inputs) for inputs in sets]).lower(groups[0]).compile()
 
     def run(count: int) -> float:
         began = time.perf_counter()
@@ -66,6 +84,7 @@ def time_calls(function: Callable[..., Any], input_sets: Sequence[tuple[Any, ...
         jax.block_until_ready(outputs)
         return time.perf_counter() - began
 
+    first = program(groups[0])[0]
     run(1)
     once = min(run(1) for _ in range(2))
     output_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.out_info))
@@ -79,7 +98,13 @@ def time_calls(function: Callable[..., Any], input_sets: Sequence[tuple[Any, ...
     kernels = None
     if jax.default_backend() == "gpu":
         kernels = _kernel_seconds(lambda: run(queued)) / calls
-    return Timing(statistics.median(times), lower, upper, samples, samples * calls, kernels)
+    return Timing(statistics.median(times), lower, upper, samples, samples * calls, kernels), first
+
+
+def time_calls(function: Callable[..., Any], input_sets: Sequence[tuple[Any, ...]], *, samples: int = 15) -> Timing:
+    """Compiles a function and times it; see ``compile_calls`` and ``time_program``."""
+    program = compile_calls(function, input_sets[0], sets=len(input_sets))
+    return time_program(program, input_sets, samples=samples)[0]
 
 
 def _kernel_seconds(run: Callable[[], Any]) -> float:

@@ -26,6 +26,12 @@ class _Command:
     run: Callable[[argparse.Namespace], None]
 
 
+_RESUMING = {
+    "train": " Run the same command again to go on from the last checkpoint.",
+    "benchmark": " Run the same command again to go on from the last measurement.",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -38,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mamba-jax: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        resume = " Run the same command again to go on from the last checkpoint." if arguments[0] == "train" else ""
-        print(f"\nmamba-jax: interrupted.{resume}", file=sys.stderr)
+        print(f"\nmamba-jax: interrupted.{_RESUMING.get(arguments[0], '')}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Nothing more may be written, not even when the interpreter ends.

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import command, suites
 from benchmarks.operators import OPERATORS
+from benchmarks.timing import time_program
 from train.errors import UsageError, UserError
 
 
@@ -23,7 +24,8 @@ def run(*arguments: str) -> None:
 @pytest.fixture
 def smallest(monkeypatch):
     sizes = suites.Sizes(
-        tokens=((1, 16, 32),),
+        # The first length and the last state of the sweeps: measured once.
+        tokens=((1, 8, 32),),
         state=2,
         ssd_state=2,
         width=2,
@@ -37,7 +39,9 @@ def smallest(monkeypatch):
 
 
 @pytest.mark.usefixtures("smallest")
-def test_writes_table_json_and_pictures(tmp_path, capsys):
+def test_writes_table_json_and_pictures(tmp_path, capsys, monkeypatch):
+    # A second length would be a third of the time, and no other code: the sweep over state has two values.
+    monkeypatch.setattr(suites, "QUICK", dataclasses.replace(suites.QUICK, lengths=(8,)))
     run("--quick", "--samples", "2", "--output", str(tmp_path))
     report = json.loads((tmp_path / "benchmark.json").read_text())
     measured = {(m["suite"], m["operator"], m["direction"]) for m in report["measurements"]}
@@ -60,7 +64,16 @@ def test_writes_table_json_and_pictures(tmp_path, capsys):
     ):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert printed.count("selective_scan  backward  xla") == 5
+    assert printed.count("selective_scan  backward  xla") == 2
+    backward = [m for m in report["measurements"] if (m["operator"], m["direction"]) == ("selective_scan", "backward")]
+    assert [(m["suite"], m["shape"]["length"], m["shape"]["state"]) for m in backward] == [
+        ("shapes", 8, 2),
+        ("length", 8, 2),
+        ("state", 8, 1),
+        ("state", 8, 2),
+    ]
+    timings = [m["timing"] for m in backward]
+    assert timings[0] == timings[1] == timings[3]
     assert "than attention" in printed
 
 
@@ -73,46 +86,94 @@ def test_a_wrong_result_fails_the_command_and_is_marked(tmp_path, capsys, monkey
 
 
 @pytest.mark.usefixtures("smallest")
-def test_a_run_that_is_cut_off_leaves_what_it_has_measured(tmp_path, monkeypatch):
-    real = OPERATORS["causal_conv1d"].call
+class TestPieces:
+    """A benchmark made by several runs."""
 
-    def call(arrays, *, implementation):
-        if arrays["x"].shape[1] == 16:
-            raise KeyboardInterrupt
-        return real(arrays, implementation=implementation)
+    @pytest.fixture
+    def output(self, tmp_path):
+        return tmp_path
 
-    monkeypatch.setitem(OPERATORS, "causal_conv1d", dataclasses.replace(OPERATORS["causal_conv1d"], call=call))
-    with pytest.raises(KeyboardInterrupt):
-        run("causal_conv1d", "--suites", "length", "--quick", "--samples", "2", "--output", str(tmp_path))
-    report = json.loads((tmp_path / "benchmark.json").read_text())
-    assert [m["shape"]["length"] for m in report["measurements"]] == [8, 8]
+    def run(self, output, *arguments):
+        run("causal_conv1d", "--quick", "--samples", "2", "--output", str(output), *arguments)
+        return json.loads((output / "benchmark.json").read_text())
 
+    def test_a_run_that_is_cut_off_is_gone_on_with(self, output, monkeypatch):
+        timed = []
 
-@pytest.mark.usefixtures("smallest")
-def test_out_of_time_is_said(tmp_path, capsys):
-    arguments = ("--suites", "shapes", "--quick", "--samples", "2", "--output", str(tmp_path))
-    run("causal_conv1d", *arguments, "--seconds", "0")
-    assert "out of time: 2 of 2 cases were not measured" in capsys.readouterr().out
-    report = json.loads((tmp_path / "benchmark.json").read_text())
-    assert report["measurements"] == []
-    assert report["failures"] == ["out of time: 2 of 2 cases were not measured"]
+        def time_until_cut_off(*arguments, **options):
+            timed.append(arguments)
+            if len(timed) == 3:
+                raise KeyboardInterrupt
+            return time_program(*arguments, **options)
 
+        monkeypatch.setattr("benchmarks.measure.time_program", time_until_cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            self.run(output, "--suites", "length")
+        before = json.loads((output / "benchmark.json").read_text())
+        assert [m["shape"]["length"] for m in before["measurements"]] == [8, 8]
+        after = self.run(output, "--suites", "length")
+        assert len(timed) == 3 + 2
+        assert [(m["shape"]["length"], m["direction"]) for m in after["measurements"]] == [
+            (8, "forward"),
+            (8, "backward"),
+            (16, "forward"),
+            (16, "backward"),
+        ]
+        assert after["measurements"][:2] == before["measurements"]
+        assert after["limits"] == before["limits"]
+        assert len(after["runs"]) == 2
 
-@pytest.mark.usefixtures("smallest")
-def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch):
-    real = OPERATORS["causal_conv1d"].call
+    def test_pieces_are_kept_in_one_order_whichever_was_first(self, output):
+        length = self.run(output, "--suites", "length")
+        report = self.run(output, "--suites", "shapes")
+        assert [m["suite"] for m in report["measurements"]] == ["shapes"] * 2 + ["length"] * 4
+        # The shape is one of the lengths, which the first run has measured.
+        assert report["measurements"][0]["timing"] == length["measurements"][0]["timing"]
+        assert (output / "causal_conv1d_by_length.png").exists()
 
-    def call(arrays, *, implementation):
-        if arrays["x"].shape[1] == 8:
-            raise RuntimeError("too short\nand more")
-        return real(arrays, implementation=implementation)
+    def test_out_of_time_is_said(self, output, capsys):
+        report = self.run(output, "--suites", "shapes", "--seconds", "0")
+        printed = capsys.readouterr().out
+        assert "out of time: 2 of 2 cases are not measured; the same command goes on from here" in printed
+        assert "nothing was measured: name fewer operators or suites at once" in printed
+        assert report["measurements"] == []
 
-    monkeypatch.setitem(OPERATORS, "causal_conv1d", dataclasses.replace(OPERATORS["causal_conv1d"], call=call))
-    run("causal_conv1d", "--suites", "length", "--quick", "--samples", "2", "--output", str(tmp_path))
-    report = json.loads((tmp_path / "benchmark.json").read_text())
-    assert len(report["measurements"]) == 2
-    assert report["failures"][0].startswith("causal_conv1d forward by xla, batch 1, length 8")
-    assert report["failures"][0].endswith(": too short")
+    def test_one_failure_does_not_stop_the_others_and_is_tried_again(self, output, monkeypatch, capsys):
+        real = OPERATORS["causal_conv1d"].call
+
+        def call(arrays, *, implementation):
+            if arrays["x"].shape[1] == 8 and implementation == "xla":
+                raise RuntimeError("too short\nand more")
+            return real(arrays, implementation=implementation)
+
+        with monkeypatch.context() as patch:
+            patch.setitem(OPERATORS, "causal_conv1d", dataclasses.replace(OPERATORS["causal_conv1d"], call=call))
+            report = self.run(output, "--suites", "length")
+        assert [m["shape"]["length"] for m in report["measurements"]] == [16, 16]
+        assert [failure["reason"] for failure in report["failures"]] == ["too short"] * 2
+        failure = "causal_conv1d forward by xla, batch 1, length 8, channels 32, width 2: too short"
+        assert failure in capsys.readouterr().out
+        report = self.run(output, "--suites", "length")
+        assert [m["shape"]["length"] for m in report["measurements"]] == [8, 8, 16, 16]
+        assert report["failures"] == []
+
+    def test_results_of_other_conditions_are_not_mixed(self, output, monkeypatch):
+        nothing = ("--suites", "shapes", "--seconds", "0")
+        self.run(output, *nothing)
+        with pytest.raises(UserError, match=r"(?s)samples: 2 there, 3 now\nGive another --output, or --overwrite"):
+            self.run(output, *nothing, "--samples", "3")
+        monkeypatch.setattr("benchmarks.records._code", lambda: "edited")
+        monkeypatch.setattr("benchmarks.records.platform.python_version", lambda: "3.99")
+        with pytest.raises(UserError, match=r"(?s)python: '3.*' there, '3.99' now.*code: '.*' there, 'edited' now"):
+            self.run(output, *nothing)
+        assert self.run(output, *nothing, "--overwrite")["code"] == "edited"
+
+    @pytest.mark.parametrize("content", ["{", "[]"])
+    def test_a_file_of_something_else_is_left_alone(self, output, content):
+        (output / "benchmark.json").write_text(content)
+        with pytest.raises(UserError, match=r"benchmark.json is not of a benchmark. Give another --output"):
+            self.run(output)
+        assert (output / "benchmark.json").read_text() == content
 
 
 @pytest.mark.parametrize(

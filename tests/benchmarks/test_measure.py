@@ -8,11 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import measure as measure_module
+from benchmarks import prepare as prepare_module
 from benchmarks.hardware import Limits
-from benchmarks.measure import measure
+from benchmarks.measure import Failure, Measurement, measure
 from benchmarks.operators import OPERATORS, Costs, Operator
+from benchmarks.prepare import prepare
 from benchmarks.suites import Case
+from benchmarks.timing import time_program
 
 SHAPES = {
     "selective_scan": {"batch": 2, "length": 16, "channels": 24, "state": 4},
@@ -46,18 +48,24 @@ def with_factor(operator: Operator, factor: float) -> Operator:
     return dataclasses.replace(operator, call=call)
 
 
+def measured(case: Case) -> Measurement:
+    (result,) = measure(prepare((case,)), LIMITS, samples=2, seed=0)
+    assert isinstance(result, Measurement)
+    return result
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("name", OPERATORS)
 class TestErrors:
     def test_a_right_result_is_right_in_every_output(self, name, direction):
-        measurement = measure(case(OPERATORS[name], direction), LIMITS, samples=2)
+        measurement = measured(case(OPERATORS[name], direction))
         assert measurement.is_right
         assert set(measurement.errors) == ({"y"} if direction == "forward" else set(OPERATORS[name].dims))
 
     def test_a_wrong_one_is_found_in_a_few_channels_of_a_large_problem_too(self, name, direction, monkeypatch):
-        monkeypatch.setattr(measure_module, "_MAX_CHECKED", 1)
-        right = measure(case(OPERATORS[name], direction), LIMITS, samples=2)
-        wrong = measure(case(with_factor(OPERATORS[name], 1.02), direction), LIMITS, samples=2)
+        monkeypatch.setattr(prepare_module, "_MAX_CHECKED", 1)
+        right = measured(case(OPERATORS[name], direction))
+        wrong = measured(case(with_factor(OPERATORS[name], 1.02), direction))
         assert right.is_right
         assert not wrong.is_right
         # The gradients of A, B, weight … are sums over what was left out.
@@ -68,8 +76,40 @@ class TestErrors:
         assert set(right.errors) == ({"y"} if direction == "forward" else tokens)
 
 
+def test_what_is_compared_is_what_was_timed(monkeypatch):
+    def time_and_spoil(*arguments, **options):
+        timing, y = time_program(*arguments, **options)
+        return timing, 1.02 * y
+
+    monkeypatch.setattr("benchmarks.measure.time_program", time_and_spoil)
+    assert not measured(case(OPERATORS["causal_conv1d"], "forward")).is_right
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_implementations_get_the_same_inputs_and_one_may_fail(direction):
+    one = case(OPERATORS["causal_conv1d"], direction)
+    names = ("mosaic_gpu", "xla", "reference")
+    problem = prepare(tuple(dataclasses.replace(one, implementation=name) for name in names))
+    made = []
+
+    def make(key):
+        made.append(problem.make(key))
+        return made[-1]
+
+    counted = dataclasses.replace(problem, make=make)  # type: ignore[arg-type]
+    kernel, xla, reference = measure(counted, LIMITS, samples=2, seed=0)
+    assert len(made) == problem.sets
+    assert isinstance(kernel, Failure)
+    assert "implementation='mosaic_gpu' cannot run this call" in kernel.reason
+    assert isinstance(xla, Measurement)
+    assert isinstance(reference, Measurement)
+    assert xla.is_right
+    assert reference.is_right
+    assert xla.errors.keys() == reference.errors.keys()
+
+
 def test_rates_are_costs_over_time():
-    measurement = measure(case(OPERATORS["causal_conv1d"], "forward"), LIMITS, samples=2)
+    measurement = measured(case(OPERATORS["causal_conv1d"], "forward"))
     bytes_moved = 2 * 2 * 2 * 16 * 24  # x and y, two bytes a number
     np.testing.assert_allclose(measurement.bytes_per_second * measurement.seconds, bytes_moved)
     assert measurement.limit_seconds == bytes_moved / 1e9
