@@ -22,8 +22,8 @@ def with_backward_pass(
     Args:
         forward: ``forward(arrays, save_states=...)`` returns "y", "final_state", and with ``save_states`` whatever else
             the backward pass will want.
-        backward: called with the same arrays, what was saved, "dy" and "dfinal_state"; returns the gradient of every one
-            of the arrays by its name, those of parameters too one an element of the batch.
+        backward: called with the same arrays, what was saved, "dy" and "dfinal_state"; returns the gradient of every
+            one of the arrays by its name, those of parameters too one an element of the batch.
         parameters: names of the parameters, whether a call has them or not.
     """
     fold = functools.partial(batch_by_folding, parameters=parameters)
