@@ -1,0 +1,105 @@
+"""The SSD operator as its paper writes it, with inputs for it: what the GPU kernels are compared with."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.ssd.inputs import Inputs
+
+OPTIONAL = ("D", "z", "delta_bias", "segment_ids", "initial_state")
+OPTIONS = {"delta_softplus": True, "delta_limit": (0.0, math.inf), "chunk_size": None}
+
+
+def make_inputs(batch, length, heads, head_dim, state, *, groups=1, optional=OPTIONAL, rates=(-6, 4), seed=0):
+    """Random inputs; decay rates are e to a power between ``rates``."""
+    random = np.random.default_rng([seed, batch, length, heads, head_dim, state])
+
+    def tokens(*dims):
+        return jnp.asarray(random.normal(size=dims)).astype(jnp.bfloat16)
+
+    def floats(*dims):
+        return jnp.asarray(random.normal(size=dims), jnp.float32)
+
+    extra = {
+        "D": floats(heads, head_dim),
+        "z": tokens(batch, length, heads, head_dim),
+        "delta_bias": floats(heads) - 3,
+        "segment_ids": jnp.asarray(np.sort(random.integers(0, 3, size=(batch, length))), jnp.int32),
+        "initial_state": floats(batch, heads, head_dim, state),
+    }
+    return Inputs(
+        x=tokens(batch, length, heads, head_dim),
+        delta=tokens(batch, length, heads),
+        A=jnp.asarray(-np.exp(random.uniform(*rates, size=heads)), jnp.float32),
+        B=tokens(batch, length, groups, state),
+        C=tokens(batch, length, groups, state),
+        **{name: array for name, array in extra.items() if name in optional},
+    )
+
+
+def definition(inputs, *, delta_softplus=True, delta_limit=(0.0, math.inf), chunk_size=None):
+    """The operator as the paper writes it, in its inputs' precision; parameters may differ from token to token."""
+    del chunk_size
+    heads, groups = inputs.x.shape[2], inputs.B.shape[2]
+    delta = inputs.delta if inputs.delta_bias is None else inputs.delta + inputs.delta_bias
+    delta = jnp.clip(jnp.logaddexp(delta, 0.0) if delta_softplus else delta, *delta_limit)
+    group = np.arange(heads) // (heads // groups)
+    decay = jnp.exp(delta * inputs.A)
+    if inputs.segment_ids is not None:
+        starts = jnp.diff(inputs.segment_ids, axis=1, prepend=inputs.segment_ids[:, :1]) != 0
+        decay = jnp.where(starts[..., None], 0.0, decay)
+
+    def step(h, token):
+        x, B, C, decay = token
+        h = decay[..., None, None] * h + x[..., None] * B[:, group, None]
+        return h, jnp.sum(C[:, group, None] * h, axis=-1)
+
+    h = inputs.initial_state
+    h = jnp.zeros(state_shape(inputs), inputs.x.dtype) if h is None else h
+    tokens = (inputs.x * delta[..., None], inputs.B, inputs.C, decay)
+    h, y = jax.lax.scan(step, h, jax.tree.map(lambda array: jnp.swapaxes(array, 0, 1), tokens))
+    y = jnp.swapaxes(y, 0, 1)
+    y = y if inputs.D is None else y + inputs.D * inputs.x
+    return (y if inputs.z is None else y * inputs.z / (1 + jnp.exp(-inputs.z))), h
+
+
+def state_shape(inputs):
+    batch, _, heads, head_dim = inputs.x.shape
+    return batch, heads, head_dim, inputs.B.shape[3]
+
+
+def values_and_gradients(run, inputs, dy, dstate, **options):
+    """All results by name: y, the final state, and the gradient of every floating-point input."""
+    arrays = {name: a for name, a in inputs._asdict().items() if a is not None and name != "segment_ids"}
+    (y, state), vjp = jax.vjp(lambda a: run(inputs._replace(**a), **OPTIONS | options), arrays)
+    (gradients,) = vjp((dy, dstate))
+    return {"y": y, "final_state": state} | {f"d{name}": gradient for name, gradient in gradients.items()}
+
+
+def expected_and_scales(inputs, dy, dstate, **options):
+    """The results in float64, and what their errors are measured by: their norm.
+
+    A parameter's gradient is a sum over all tokens that may cancel, though its terms err alike. Its error is measured
+    by the sum of their sizes.
+    """
+    with jax.enable_x64(True):
+        tree = (inputs, dy, dstate)
+        wide, dy, dstate = jax.tree.map(lambda a: a.astype(float) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+        parameters = {name: getattr(wide, name) for name in ("A", "D", "delta_bias") if getattr(wide, name) is not None}
+        each = {name: jnp.broadcast_to(a, (*inputs.x.shape[:2], *a.shape)) for name, a in parameters.items()}
+        run = jax.jit(functools.partial(values_and_gradients, definition, **options))
+        results = run(wide._replace(**each), dy, dstate)
+        sizes = results | {f"d{name}": jnp.sum(jnp.abs(results[f"d{name}"]), axis=(0, 1)) for name in parameters}
+        results |= {f"d{name}": jnp.sum(results[f"d{name}"], axis=(0, 1)) for name in parameters}
+        return results, {name: float(jnp.linalg.norm(array)) for name, array in sizes.items()}
+
+
+def cotangents(inputs):
+    random = np.random.default_rng(0)
+    dy = jnp.asarray(random.normal(size=inputs.x.shape)).astype(inputs.x.dtype)
+    return dy, jnp.asarray(random.normal(size=state_shape(inputs)), jnp.float32)
