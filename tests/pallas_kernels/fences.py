@@ -49,7 +49,7 @@ def unfenced(function: Callable[..., Any], *arguments: Any) -> tuple[set[str], s
     found: set[Unfenced] = set()
     names = set()
     for equation in _kernels(jax.make_jaxpr(function)(*arguments).jaxpr):
-        name = str(equation.params.get("name") or equation.params["compiler_params"])
+        name = equation.params["name"]
         names.add(name)
         for body in _jaxprs(equation):
             multiplied: set[Any] = set()

@@ -52,10 +52,11 @@ def test_the_kernels_fence_every_exchange(name):
     shape, kernels = CASES[name]
     arrays = jax.eval_shape(lambda: OPERATORS[name].make(jax.random.key(0), shape))
 
-    def gradient(arrays):
-        return jax.grad(lambda a: jnp.sum(OPERATORS[name].call(a, implementation="mosaic_gpu").astype(float)))(arrays)
+    def loss(arrays):
+        return jnp.sum(OPERATORS[name].call(arrays, implementation="mosaic_gpu").astype(float))
 
-    read, found = unfenced(gradient, arrays)
+    # Without a gradient the kernels save nothing, and have fewer fences.
+    read, found = unfenced(lambda arrays: (loss(arrays), jax.grad(loss)(arrays)), arrays)
     assert read == kernels
     assert not found
 
