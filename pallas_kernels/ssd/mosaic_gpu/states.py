@@ -53,7 +53,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
                 weight = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
             if p.pairs:
                 own_bias = gmem[bias].at[p.token_head(block.head)] if bias in gmem else None
-                turning.turn_into(refs[matrix], refs[matrix], turning.turn_by(refs["angles"]), own_bias)
+                loaded = blocks.load_operand(refs[matrix])
+                turning.turn_into(refs[matrix], loaded, turning.turn_by(refs["angles"]), own_bias)
                 plgpu.commit_smem()
             signals = blocks.load_operand(blocks.transposed(refs[signal]))
             weighted = signals * blocks.by_column(weight.astype(dtype), CHANNELS)

@@ -49,16 +49,16 @@ def columns(matrix: jax.Array, start: int, stop: int) -> jax.Array:
     return lax.slice(matrix, (0, start), (matrix.shape[0], stop))
 
 
-def turn_into(target: Any, source: Any, turn: Turn, bias: Any = None) -> None:
-    """Adds the head's bias, if there is one, to a chunk's B or C, and turns it; a fence must follow.
+def turn_into(target: Any, matrix: jax.Array, turn: Turn, bias: Any = None) -> None:
+    """Adds the head's bias, if there is one, to a group's B or C in a chunk, and turns it; a fence must follow.
 
     Args:
-        target: reference to where the result goes, perhaps the same as ``source``.
-        source: reference to what was loaded.
+        target: reference to where the result goes, perhaps what ``matrix`` was loaded from.
+        matrix: the group's.
         turn: by what.
         bias: reference to a number a component, or one a row and component.
     """
-    matrix = blocks.load(source)
+    matrix = matrix.astype(jnp.float32)
     if bias is not None:
         by_row = len(bias.shape) == 2
         matrix = matrix + (blocks.load(bias) if by_row else blocks.by_column(blocks.load(bias, blocks.COLUMNS), CHUNK))

@@ -110,7 +110,7 @@ def _as_ranks(array: jax.Array, rows: int) -> jax.Array:
 
 
 def forward_pass(arrays: Arrays, *, save_states: bool) -> Arrays:
-    """Returns "y" and "final_state", and what the backward pass will want of "states" and "end"."""
+    """Returns "y" and "final_state", and with ``save_states`` the "states" that the backward pass will want."""
     made = _kernel_arrays(arrays)
     call = _call(made, arrays)
     inputs = _prepared(call, made, "x", "B", "C", "D")
@@ -123,7 +123,7 @@ def forward_pass(arrays: Arrays, *, save_states: bool) -> Arrays:
         "final_state": turning.trim_halves(turned_back, arrays["B"].shape[-1]),
     }
     if save_states:
-        trimmed |= {"states": results["states"], "end": end}
+        trimmed["states"] = results["states"]
     return trimmed
 
 
@@ -144,7 +144,7 @@ def backward_pass(arrays: Arrays) -> Arrays:
         "x": call.trim_tokens(results["dx"], arrays["x"]),
         **{name: call.trim_numbers(gradient) for name, gradient in numbers.items()},
         "initial_state": turning.trim_halves(call.trim_state(walked["end"][:, 0]), arrays["B"].shape[-1]),
-        **_angle_gradients(call, arrays, results, walked["states"]),
+        **_angle_gradients(call, arrays, results),
     }
     if "D" in arrays:
         gradients["D"] = call.trim_channels(jnp.sum(results["dD"], axis=1).reshape(call.batch, -1))
@@ -173,15 +173,10 @@ def _matrix_gradients(call: Call, name: str, arrays: Arrays, by_head: jax.Array)
     return gradients
 
 
-def _angle_gradients(call: Call, arrays: Arrays, results: Arrays, dstates: jax.Array) -> Arrays:
-    """Gradients of "step_size" and "theta": what the kernel found within chunks, and what goes through states."""
+def _angle_gradients(call: Call, arrays: Arrays, results: Arrays) -> Arrays:
+    """Gradients of "step_size" and "theta", given what the kernel found for every head and row."""
     length, pairs = arrays["theta"].shape[1:]
-    factors = _angle_factors(call, arrays)
-    turns = turning.turn_gradients(arrays["states"], dstates, arrays["end"], factors["theta"].shape[-1])
-    turns = jnp.sum(turns.reshape(call.batch, call.heads, call.pieces, call.chunks, -1), axis=2)
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    dstep_size = call.by_head(results["dstep_size"]) + product("bhcp,bctp->bhct", turns, factors["theta"])
-    dtheta = jnp.sum(results["dtheta"], axis=0) + product("bhcp,bhct->bctp", turns, factors["step_size"])
+    dstep_size, dtheta = call.by_head(results["dstep_size"]), jnp.sum(results["dtheta"], axis=0)
     # Of a token's rows the first has the sum over all of them.
     dstep_size = dstep_size.reshape(call.batch, call.heads, -1, call.rank)[:, :, :length, 0]
     dtheta = dtheta.reshape(call.batch, -1, call.rank, dtheta.shape[-1])[:, :length, 0, :pairs]

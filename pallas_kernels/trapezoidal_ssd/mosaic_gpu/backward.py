@@ -21,23 +21,23 @@ from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks, slopes, turning
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem
-from pallas_kernels.ssd.mosaic_gpu.turning import Turn
 
 _EVEN_SHARE = 168
 """Registers of a lane, where three warpgroups have the same."""
-_REGISTERS = {"attention": 144, "slopes": 144, "matrices": 216}
+_REGISTERS = {"attention": 152, "slopes": 152, "matrices": 200}
 """Of a lane of each warpgroup, by its work. With fewer for the third each matrix instruction waits for the last."""
 # A warpgroup that wants more than the others have left waits for ever.
 assert sum(_REGISTERS.values()) <= len(_REGISTERS) * _EVEN_SHARE
 
 _STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles")
+_MADE = ("B", "C", "weights", "partners", "turned", "made")
+"""What warpgroups make for each other, a head each, and the barriers that say it is there."""
 
 
 def shared_memory(state: int, pairs: int, token_rows: int) -> tuple[int, int]:
     """Bytes of a block: those that it needs once, and those of each stage."""
-    square = CHUNK * CHUNK * 2
-    stage = 2 * square + 2 * CHANNELS * state * 2 + token_rows * CHUNK * 4 + CHUNK * pairs * 2
-    return 4 * CHUNK * state * 2 + 5 * square, stage
+    square, matrix = CHUNK * CHUNK * 2, CHUNK * state * 2
+    return 3 * square, 3 * square + 4 * matrix + (token_rows * CHUNK + state) * 4 + CHUNK * pairs * 2
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: int) -> dict[str, jax.Array]:
@@ -53,8 +53,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
 
     Returns:
         "dx"; "dB" and "dC", (batch, length, heads · state), of every head; "dstep_size", (batch, heads, chunks, CHUNK),
-        and "dtheta", (groups · splits, batch, chunks, CHUNK, pairs), to be summed: what comes of a row's angle within
-        its chunk; with D also "dD", (batch, chunks, heads, CHANNELS), to be summed; and those of ``slopes.names``.
+        and "dtheta", (groups · splits, batch, chunks, CHUNK, pairs), to be summed; with D also "dD", (batch, chunks,
+        heads, CHANNELS), to be summed; and those of ``slopes.names``.
     """
     dtype, groups = inputs["x"].dtype, p.groups // p.shared_by
     matrix = jax.ShapeDtypeStruct((p.batch, p.chunks * CHUNK, p.heads * p.state), dtype)
@@ -69,17 +69,18 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
     if "D" in inputs:
         outputs["dD"] = jax.ShapeDtypeStruct((p.batch, p.chunks, p.heads, CHANNELS), jnp.float32)
     scratch = {
-        **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C", "turned_B", "turned_C")},
         **{name: blocks.operand(stages, CHUNK, CHANNELS, dtype=dtype) for name in ("x", "dy")},
         **{name: blocks.operand(stages, CHANNELS, p.state, dtype=dtype) for name in ("states", "dstates")},
         "tokens": plgpu.SMEM((stages, p.token_rows, CHUNK), jnp.float32),
         "angles": plgpu.SMEM((stages, CHUNK, p.pairs), jnp.int16),
-        **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("dx", "pairs", "weights", "from_row", "side")},
-        "loaded": plgpu.Barrier(num_arrivals=2),
+        **{name: blocks.operand(stages, CHUNK, p.state, dtype=dtype) for name in ("B", "C")},
+        "weights": blocks.operand(stages, CHUNK, CHUNK, dtype=dtype),
+        "partners": plgpu.SMEM((stages, p.state), jnp.float32),
+        **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("dx", "pairs", "from_row")},
         "full": plgpu.Barrier(num_arrivals=len(_STREAMED), num_barriers=stages),
+        "turned": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "made": plgpu.Barrier(num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-        "turned": plgpu.Barrier(num_arrivals=2),
-        "made": plgpu.Barrier(),
     }
 
     def backward(gmem: Refs, smem: Refs) -> None:
@@ -125,21 +126,16 @@ class _Block:
 
         @pl.when(warpgroup == 2)
         def _() -> None:
-            batch, chunk = self.at
-            columns = pl.ds(lax.axis_index("group") * self.p.state, self.p.state)
-            for name in ("B", "C"):
-                source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns]
-                plgpu.copy_gmem_to_smem(source, self.smem[name], self.smem["loaded"])
             for i in range(min(self.stages, self.heads)):
                 self.load(i, i)
 
-        plgpu.barrier_wait(self.smem["loaded"])
         for number, (work, registers) in enumerate(_REGISTERS.items()):
             pl.when(warpgroup == number)(functools.partial(self.start, work, registers))
 
     def start(self, work: str, registers: int) -> None:
         """Does a warpgroup's work, with its share of the registers."""
-        plgpu.set_max_registers(registers, action="increase" if registers > _EVEN_SHARE else "decrease")
+        if registers != _EVEN_SHARE:
+            plgpu.set_max_registers(registers, action="increase" if registers > _EVEN_SHARE else "decrease")
         getattr(self, work)()
 
     def load(self, i: Any, slot: Any) -> None:
@@ -154,7 +150,7 @@ class _Block:
             plgpu.copy_gmem_to_smem(source, self.smem[name].at[slot], self.smem["full"].at[slot])
 
     def over_heads(self, work: Any, carry: Any = None, *, turns: str | None = None) -> Any:
-        """Calls ``work(head, refs, carry) -> carry`` for each head, with references to what was loaded.
+        """Calls ``work(head, refs, carry) -> carry`` for each head, with references to what belongs to it.
 
         Args:
             work: of a warpgroup.
@@ -162,39 +158,43 @@ class _Block:
             turns: the matrix that this warpgroup makes for every head; one that makes none loads.
         """
         stages = min(self.stages, self.heads)
+        group_matrix = None if turns is None else self.group_matrix(turns)
 
         def step(i: Any, carry: Any) -> Any:
             slot, head = lax.rem(i, stages), self.head(i)
+            refs = {name: self.smem[name].at[slot] for name in (*_STREAMED, *_MADE)}
+            free = self.smem["free"].at[slot]
             plgpu.barrier_wait(self.smem["full"].at[slot])
-            refs = {name: self.smem[name].at[slot] for name in _STREAMED}
             if turns is not None:
 
-                @pl.when(i > 0)
+                @pl.when(i >= stages)
                 def _() -> None:
-                    plgpu.barrier_wait(self.smem["free"].at[lax.rem(i + stages - 1, stages)])
+                    plgpu.barrier_wait(free)
 
-                self.turn(turns, head, refs)
-                plgpu.barrier_arrive(self.smem["turned"])
-            plgpu.barrier_wait(self.smem["turned"])
+                bias = f"{turns}_bias"
+                own_bias = self.gmem[bias].at[self.p.token_head(head)] if bias in self.gmem else None
+                turning.turn_into(refs[turns], group_matrix, turning.turn_by(refs["angles"]), own_bias)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(refs["turned"])
+            plgpu.barrier_wait(refs["turned"])
             carry = work(head, refs, carry)
-            plgpu.barrier_arrive(self.smem["free"].at[slot])
+            plgpu.barrier_arrive(free)
             if turns is None and self.heads > stages:
 
                 @pl.when(i + stages < self.heads)
                 def _() -> None:
-                    plgpu.barrier_wait(self.smem["free"].at[slot])
+                    plgpu.barrier_wait(free)
                     self.load(i + stages, slot)
 
             return carry
 
         return lax.fori_loop(0, self.heads, step, carry)
 
-    def turn(self, name: str, head: Any, refs: Refs) -> None:
-        """Makes a head's B or C."""
-        bias = f"{name}_bias"
-        own_bias = self.gmem[bias].at[self.p.token_head(head)] if bias in self.gmem else None
-        turning.turn_into(self.smem[f"turned_{name}"], self.smem[name], turning.turn_by(refs["angles"]), own_bias)
-        plgpu.commit_smem()
+    def group_matrix(self, name: str) -> jax.Array:
+        """The group's B or C, in registers: in shared memory there is room for those of two heads instead."""
+        batch, chunk = self.at
+        columns = pl.ds(lax.axis_index("group") * self.p.state, self.p.state)
+        return blocks.load_operand(self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns])
 
     def decays(self, tokens: Any, *, transpose: bool = False) -> jax.Array:
         """``blocks.decays``, bounded."""
@@ -208,13 +208,12 @@ class _Block:
     def attention(self) -> None:
         """First warpgroup: B, dx, and what inputs say about the decays. Rows are the tokens that were added."""
         gmem, smem, (batch, chunk) = self.gmem, self.smem, self.at
-        B, C = smem["turned_B"], smem["turned_C"]
         row, column = blocks.token_coordinates(self.p.rank)
 
         def work(head: Any, refs: Refs, carry: None) -> None:
             del carry
-            tokens = refs["tokens"]
-            scores = blocks.product((B, blocks.transposed(C))) * self.decays(tokens, transpose=True)
+            tokens, B = refs["tokens"], refs["B"]
+            scores = blocks.product((B, blocks.transposed(refs["C"]))) * self.decays(tokens, transpose=True)
             weights = jnp.where(row <= column, scores, 0.0).astype(B.dtype)
             from_state, within = blocks.products(
                 ([(B, blocks.transposed(refs["dstates"]))], None), ([(weights, refs["dy"])], None)
@@ -239,70 +238,70 @@ class _Block:
         plgpu.wait_smem_to_gmem(0)
 
     def slopes(self) -> None:
-        """Second warpgroup: C, what outputs say about the decays, and weights for the gradients of B and C."""
-        smem, pairs = self.smem, self.smem["pairs"]
-        B, C = smem["turned_B"], smem["turned_C"]
+        """Second warpgroup: C, what outputs and states say about the decays, and weights for the third."""
+        smem = self.smem
         row, column = blocks.coordinates((CHUNK, CHUNK))
         token, other = blocks.token_coordinates(self.p.rank)
-        # -1 where the other token comes later, 1 where it comes before; the diagonal and the rest of the token between.
-        own = jnp.where(row == column, 0.0, -0.5)
-        side = jnp.where(other < token, 1.0, jnp.where(other > token, -1.0, own))
-        store(smem["side"], side.astype(C.dtype))
-        store(smem["from_row"], jnp.where(column >= row, 1.0, 0.0).astype(C.dtype))
+        store(smem["from_row"], jnp.where(column >= row, 1.0, 0.0).astype(smem["from_row"].dtype))
         plgpu.commit_smem()
 
         def work(head: Any, refs: Refs, carry: None) -> None:
             del carry
-            tokens, states = refs["tokens"], blocks.transposed(refs["states"])
+            tokens, C, states = refs["tokens"], refs["C"], blocks.transposed(refs["states"])
             weights, scores = blocks.products(
-                ([(refs["dy"], blocks.transposed(refs["x"]))], None), ([(C, blocks.transposed(B))], None)
+                ([(refs["dy"], blocks.transposed(refs["x"]))], None), ([(C, blocks.transposed(refs["B"]))], None)
             )
-            side = blocks.load(smem["side"])
-            weights = jnp.where(side >= -0.5, weights * self.decays(tokens), 0.0)
+            weights = jnp.where(other <= token, weights * self.decays(tokens), 0.0)
             passed = weights * scores
-            self.put("own", head, jnp.sum(jnp.where(side <= 0.0, passed, 0.0), axis=1))
+            self.put("own", head, jnp.sum(jnp.where(other == token, passed, 0.0), axis=1))
+            # The last head's sums read "pairs", and products end in each warp by itself.
             synchronize()
-            store(smem["weights"], weights.astype(C.dtype))
-            store(pairs, passed.astype(C.dtype))
+            store(refs["weights"], weights.astype(C.dtype))
+            store(smem["pairs"], passed.astype(C.dtype))
             plgpu.commit_smem()
-            plgpu.barrier_arrive(smem["made"])
+            plgpu.barrier_arrive(refs["made"])
             # Row t of the first product: for each s, the sum over the tokens from t.
-            passing, y = blocks.products(([(smem["from_row"], pairs)], None), ([(C, states)], None))
-            self.put("within", head, jnp.sum(passing * jnp.maximum(blocks.load(smem["side"]), 0.0), axis=1))
+            passing, y = blocks.products(([(smem["from_row"], smem["pairs"])], None), ([(C, states)], None))
+            self.put("within", head, jnp.sum(jnp.where(other < token, passing, 0.0), axis=1))
             decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
             self.put("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
             across = blocks.product((refs["dstates"], states))
-            across = jnp.where(blocks.load(smem["side"]) == 0.0, across, 0.0)
-            self.put("across", head, jnp.sum(across, axis=1))
+            self.put("across", head, jnp.sum(jnp.where(row == column, across, 0.0), axis=1))
 
         self.over_heads(work, turns="C")
 
     def matrices(self) -> None:
         """Third warpgroup: loads, and the gradients of B, C and the angles."""
-        gmem, smem, (batch, chunk) = self.gmem, self.smem, self.at
-        B, C, weights = smem["turned_B"], smem["turned_C"], smem["weights"]
+        gmem, (batch, chunk) = self.gmem, self.at
 
         def work(head: Any, refs: Refs, dtheta: jax.Array) -> jax.Array:
-            tokens = refs["tokens"]
-            to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
-            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
-            x, dy = (
-                (blocks.load(refs[name]) * blocks.by_row(weight, CHANNELS)).astype(B.dtype)
-                for name, weight in (("x", to_end), ("dy", decay))
-            )
-            # What goes through states, while the second warpgroup still makes the weights.
-            dB, dC = blocks.products(([(x, refs["dstates"])], None), ([(dy, refs["states"])], None))
-            plgpu.barrier_wait(smem["made"])
-            dB, dC = blocks.products(([(blocks.transposed(weights), C)], dB), ([(weights, B)], dC))
+            tokens, weights = refs["tokens"], refs["weights"]
             turn = turning.turn_by(refs["angles"])
 
-            def finish(name: str, gradient: jax.Array, matrix: Any) -> jax.Array:
+            def swing(name: str, gradient: jax.Array) -> jax.Array:
+                return _swing(gradient, blocks.load(refs[name]), turn.cos.shape[1])
+
+            def put(name: str, gradient: jax.Array) -> None:
                 columns = pl.ds(head * self.p.state, self.p.state)
                 target = gmem[f"d{name}"].at[batch, blocks.chunk_rows(chunk), columns]
-                store(target, turning.turned(gradient, turn, back=True).astype(matrix.dtype))
-                return _swing(gradient, blocks.load(matrix), turn)
+                store(target, turning.turned(gradient, turn, back=True).astype(weights.dtype))
 
-            dangles = self.to_chunk_end(finish("B", dB, B) + finish("C", dC, C))
+            # What goes through the state after the chunk, while the second warpgroup still makes the weights.
+            after = self.states_swing(refs)
+            to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
+            dB = blocks.product((self.weighted(refs["x"], to_end), refs["dstates"]))
+            into_state = swing("B", dB)
+            plgpu.barrier_wait(refs["made"])
+            dB = blocks.product((blocks.transposed(weights), refs["C"]), plus=dB)
+            swings = swing("B", dB)
+            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
+            weighted = self.weighted(refs["dy"], decay)
+            dC, _ = blocks.products(
+                ([(weighted, refs["states"]), (weights, refs["B"])], None), meanwhile=lambda: put("B", dB)
+            )
+            put("C", dC)
+            dangles = self.from_here(swings + swing("C", dC), into_state, weights) - after
+            dangles = dangles * math.pi
             self.put("dstep_size", head, jnp.sum(dangles * blocks.load(gmem["theta"].at[batch, chunk]), axis=1))
             step_size = blocks.load(gmem["step_size"].at[batch, self.p.token_head(head), chunk], blocks.ROWS)
             return dtheta + dangles * blocks.by_row(step_size, self.p.pairs)
@@ -311,32 +310,71 @@ class _Block:
         dtheta = self.over_heads(work, dtheta)
         store(gmem["dtheta"].at[self.piece, batch, chunk], dtheta)
 
-    def to_chunk_end(self, dangles: jax.Array) -> jax.Array:
-        """Sums from each token to the chunk's end, by matrix products: of 16 bits, and of those that follow.
+    def weighted(self, signal: Any, weight: jax.Array) -> jax.Array:
+        """x or dy, each token times its weight."""
+        return (blocks.load(signal) * blocks.by_row(weight, CHANNELS)).astype(signal.dtype)
 
-        The weights for the gradients of B and C have been used.
+    def states_swing(self, refs: Refs) -> jax.Array:
+        """By how much the loss grows as the state before the chunk is turned against what comes after, a number a pair.
+
+        Of dstates^T states two numbers a pair are wanted, those of its two components.
         """
-        buffer, pieces = self.smem["weights"], []
-        half = CHUNK // 2
+        state, partners = self.p.state, refs["partners"]
+        row, column = blocks.coordinates((CHUNK, CHUNK))
+
+        def tile(name: str, i: int) -> Any:
+            return refs[name].at[:, pl.ds(i * CHUNK, CHUNK)]
+
+        for i in range(state // CHUNK):
+            total = None
+            # The components that are partners of the tile's are in a row, but may begin in the middle of a tile.
+            first = (i * CHUNK + state // 2) % state
+            for j in sorted({first // CHUNK, (first + CHUNK - 1) % state // CHUNK}):
+                of_tile = blocks.product((blocks.transposed(tile("dstates", i)), tile("states", j)))
+                ahead = j * CHUNK - i * CHUNK
+                is_partner = (column + ahead == row + state // 2) | (column + ahead == row - state // 2)
+                numbers = jnp.sum(jnp.where(is_partner, of_tile, 0.0), axis=1)
+                total = numbers if total is None else total + numbers
+            store(partners.at[pl.ds(i * CHUNK, CHUNK)], total)
+        synchronize()
+        first, second = (
+            blocks.load(partners.at[pl.ds(start, self.p.pairs)], blocks.COLUMNS) for start in (0, state // 2)
+        )
+        whole = jnp.exp2(refs["tokens"][0, CHUNK - 1])
+        return blocks.by_column((second - first) * whole, CHUNK)
+
+    def from_here(self, swings: jax.Array, into_state: jax.Array, buffer: Any) -> jax.Array:
+        """Sums from each token to the chunk's end, less what all tokens turn of the state after the chunk.
+
+        By matrix products, of terms split into 16 bits and what follows them.
+
+        Args:
+            swings: by how much the loss grows as a token's B and C are turned on.
+            into_state: the part of it that goes through the state after the chunk.
+            buffer: shared memory for a square matrix.
+        """
+        pieces, half = [], CHUNK // 2
+        all_tokens = plgpu.layout_cast(jnp.full((CHUNK, CHUNK), -1.0, buffer.dtype), blocks.LAYOUT)
         for start in range(0, self.p.pairs, half):
-            some = turning.columns(dangles, start, start + half)
-            high = some.astype(buffer.dtype)
-            low = (some - high.astype(jnp.float32)).astype(buffer.dtype)
-            synchronize()
-            store(buffer, jnp.concatenate([high, low], axis=1))
-            plgpu.commit_smem()
-            sums = blocks.product((self.smem["from_row"], buffer))
+            sums = None
+            for matrix, terms in ((self.smem["from_row"], swings), (all_tokens, into_state)):
+                some = turning.columns(terms, start, start + half)
+                high = some.astype(buffer.dtype)
+                low = (some - high.astype(jnp.float32)).astype(buffer.dtype)
+                synchronize()
+                store(buffer, jnp.concatenate([high, low], axis=1))
+                plgpu.commit_smem()
+                sums = blocks.product((matrix, buffer), plus=sums)
             pieces.append(turning.columns(sums, 0, half) + turning.columns(sums, half, CHUNK))
-        return (pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)) * math.pi
+        return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
 
-
-def _swing(gradient: jax.Array, matrix: jax.Array, turn: Turn) -> jax.Array:
+def _swing(gradient: jax.Array, matrix: jax.Array, pairs: int) -> jax.Array:
     """By how much the loss grows as the pairs of a matrix that has been turned are turned on, for an angle of 1.
 
     It is taken at the very numbers that were multiplied, the rounded ones: two tokens that are turned together do not
     change the product of their B and C, and what they contribute only cancels if it comes of the same numbers.
     """
-    pairs, half = turn.cos.shape[1], matrix.shape[1] // 2
+    half = matrix.shape[1] // 2
     first, second = (0, pairs), (half, half + pairs)
     return turning.columns(gradient, *second) * turning.columns(matrix, *first) - turning.columns(
         gradient, *first

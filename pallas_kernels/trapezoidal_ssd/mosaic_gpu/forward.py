@@ -51,7 +51,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
             for name in ("B", "C"):
                 bias = f"{name}_bias"
                 own_bias = gmem[bias].at[p.token_head(block.head)] if bias in gmem else None
-                turning.turn_into(refs[name], refs[name], turn, own_bias)
+                turning.turn_into(refs[name], blocks.load_operand(refs[name]), turn, own_bias)
             plgpu.commit_smem()
             scores = blocks.product((B, C)) * blocks.finite(blocks.decays(tokens, transpose=True, rank=p.rank))
             store(weights, jnp.where(row <= column, scores, 0.0).astype(dtype))

@@ -61,29 +61,3 @@ def turn_states(
 def angles_at_end(angles: Int16[Array, "batch padded_heads chunks rows pairs"], last: int) -> Int16[Array, "..."]:
     """The angles of row number ``last`` of the sequence."""
     return angles[:, :, last // angles.shape[3], last % angles.shape[3]]
-
-
-def turn_gradients(
-    states: Float[Array, "batch pieces chunks 64 padded_state"],
-    dstates: Float[Array, "batch pieces chunks 64 padded_state"],
-    end: Float[Array, "batch pieces 64 padded_state"],
-    pairs: int,
-) -> Float[Array, "batch pieces chunks pairs"]:
-    """Returns the gradient of an angle by which what comes after a chunk is turned against what comes before.
-
-    Args:
-        states: state before each chunk, of some of a head's channels.
-        dstates: gradient of the state after each chunk.
-        end: state after the last one.
-        pairs: of components that rotate.
-    """
-    half = states.shape[-1] // 2
-    first, second = slice(pairs), slice(half, half + pairs)
-
-    def turn(gradient: jax.Array, after: jax.Array) -> jax.Array:
-        gradient, after = gradient.astype(jnp.float32), after.astype(jnp.float32)
-        return jnp.sum(gradient[..., first] * after[..., second] - gradient[..., second] * after[..., first], axis=3)
-
-    # The end by itself: put behind the other states, all of them would be copied.
-    turns = turn(dstates[:, :, :-1], states[:, :, 1:]), turn(dstates[:, :, -1:], end[:, :, None])
-    return jnp.pi * jnp.concatenate(turns, axis=2)
