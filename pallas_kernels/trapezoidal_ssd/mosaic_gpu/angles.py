@@ -21,6 +21,9 @@ PAIRS_UNIT = LANES
 _TILE = register_tile([(WARPS, LANES), (1, LANES), (1, 1)], warp_dims=(-6,), lane_dims=(-3,), vector_dim=-1)
 """A head a warp, a pair a lane."""
 
+_TOGETHER = 16
+"""Tokens that are loaded before the first of their sums is stored: no load is waited for more often than that."""
+
 
 def sums(
     step_size: Float[Array, "batch length heads"], theta: Float[Array, "batch length pairs"], tokens: int
@@ -30,7 +33,7 @@ def sums(
     Args:
         step_size: of each head.
         theta: half-turns for a step of size 1.
-        tokens: of a chunk.
+        tokens: of a chunk, a power of two.
     """
     batch, length, heads = step_size.shape
     chunks = -(-length // tokens)
@@ -45,7 +48,7 @@ def sums(
     of_chunks = total_angle(jnp.moveaxis(increments, 2, 1))
     inputs["start"] = jnp.pad(cumulative_angle(of_chunks)[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
     outputs = {"angles": jax.ShapeDtypeStruct((batch, padded_heads, chunks, tokens, pairs), jnp.int16)}
-    blocks_of_pairs = pairs // LANES
+    blocks_of_pairs, together = pairs // LANES, min(tokens, _TOGETHER)
 
     def angles(gmem: Refs, smem: Refs) -> None:
         del smem
@@ -57,18 +60,23 @@ def sums(
             numbers = plgpu.load(ref, layout=_TILE.reduce(1 - dim), optimized=False)
             return plgpu.layout_cast(lax.broadcast_in_dim(numbers, (WARPS, LANES), (dim,)), _TILE)
 
-        def step(t: Any, angle: jax.Array) -> jax.Array:
-            increment = spread(gmem["step_size"].at[batch, chunk, t, heads], 0) * spread(
-                gmem["theta"].at[batch, chunk, t, pairs], 1
-            )
-            # Whole turns do not matter, and without them the sum is as precise as its terms.
-            angle = angle + (increment - 2.0 * (0.5 * increment).astype(jnp.int32).astype(jnp.float32))
-            fixed = ((start + angle) * (FULL_TURN / 2)).astype(jnp.int32).astype(jnp.int16)
-            store(gmem["angles"].at[batch, heads, chunk, t, pairs], fixed)
+        def step(i: Any, angle: jax.Array) -> jax.Array:
+            times = [i * together + j for j in range(together)]
+            increments = [
+                spread(gmem["step_size"].at[batch, chunk, t, heads], 0)
+                * spread(gmem["theta"].at[batch, chunk, t, pairs], 1)
+                for t in times
+            ]
+            for t, increment in zip(times, increments, strict=True):
+                # Whole turns do not matter, and without them the sum is as precise as its terms.
+                angle = angle + (increment - 2.0 * (0.5 * increment).astype(jnp.int32).astype(jnp.float32))
+                fixed = ((start + angle) * (FULL_TURN / 2)).astype(jnp.int32).astype(jnp.int16)
+                store(gmem["angles"].at[batch, heads, chunk, t, pairs], fixed)
             return angle
 
         start = plgpu.load(gmem["start"].at[batch, chunk, heads, pairs], layout=_TILE, optimized=False)
-        lax.fori_loop(0, tokens, step, plgpu.layout_cast(jnp.zeros((WARPS, LANES), jnp.float32), _TILE))
+        zeros = plgpu.layout_cast(jnp.zeros((WARPS, LANES), jnp.float32), _TILE)
+        lax.fori_loop(0, tokens // together, step, zeros)
 
     grid = {"batch": batch, "chunk": chunks, "place": padded_heads // WARPS * blocks_of_pairs}
     return launch("trapezoidal_ssd", angles, inputs, outputs, {}, grid)["angles"]
