@@ -29,15 +29,17 @@ _REGISTERS = {"attention": 152, "slopes": 152, "matrices": 200}
 # A warpgroup that wants more than the others have left waits for ever.
 assert sum(_REGISTERS.values()) <= len(_REGISTERS) * _EVEN_SHARE
 
-_STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles")
-_MADE = ("B", "C", "weights", "partners", "turned", "made")
+_STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles", "step_size")
+_STREAMED_IF_THERE = ("D", "B_bias", "C_bias")
+_MADE = ("B", "C", "weights", "partners", "turned", "made", "swung")
 """What warpgroups make for each other, a head each, and the barriers that say it is there."""
 
 
 def shared_memory(state: int, pairs: int, token_rows: int) -> tuple[int, int]:
     """Bytes of a block: those that it needs once, and those of each stage."""
     square, matrix = CHUNK * CHUNK * 2, CHUNK * state * 2
-    return 3 * square, 3 * square + 4 * matrix + (token_rows * CHUNK + state) * 4 + CHUNK * pairs * 2
+    numbers = (token_rows + 1) * CHUNK + CHANNELS + 3 * state
+    return 3 * square, 3 * square + 4 * matrix + numbers * 4 + CHUNK * pairs * 2
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: int) -> dict[str, jax.Array]:
@@ -68,18 +70,22 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
     }
     if "D" in inputs:
         outputs["dD"] = jax.ShapeDtypeStruct((p.batch, p.chunks, p.heads, CHANNELS), jnp.float32)
+    # A bias of every row of a chunk would not fit.
+    parameters = [name for name in _STREAMED_IF_THERE if name in inputs and inputs[name].ndim == 2]
     scratch = {
         **{name: blocks.operand(stages, CHUNK, CHANNELS, dtype=dtype) for name in ("x", "dy")},
         **{name: blocks.operand(stages, CHANNELS, p.state, dtype=dtype) for name in ("states", "dstates")},
         "tokens": plgpu.SMEM((stages, p.token_rows, CHUNK), jnp.float32),
         "angles": plgpu.SMEM((stages, CHUNK, p.pairs), jnp.int16),
+        "step_size": plgpu.SMEM((stages, CHUNK), jnp.float32),
+        **{name: plgpu.SMEM((stages, inputs[name].shape[1]), jnp.float32) for name in parameters},
         **{name: blocks.operand(stages, CHUNK, p.state, dtype=dtype) for name in ("B", "C")},
         "weights": blocks.operand(stages, CHUNK, CHUNK, dtype=dtype),
         "partners": plgpu.SMEM((stages, p.state), jnp.float32),
         **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("dx", "pairs", "from_row")},
-        "full": plgpu.Barrier(num_arrivals=len(_STREAMED), num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=len(_STREAMED) + len(parameters), num_barriers=stages),
         "turned": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "made": plgpu.Barrier(num_barriers=stages),
+        **{name: plgpu.Barrier(num_barriers=stages) for name in ("made", "swung")},
         "free": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
     }
 
@@ -102,6 +108,11 @@ class _Block:
     stages: int
     gmem: Refs
     smem: Refs
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """What is loaded for each head."""
+        return tuple(name for name in (*_STREAMED, *_STREAMED_IF_THERE) if name in self.smem)
 
     @property
     def heads(self) -> int:
@@ -141,12 +152,18 @@ class _Block:
     def load(self, i: Any, slot: Any) -> None:
         """Starts the copies of what belongs to the i-th head."""
         (batch, chunk), head = self.at, self.head(i)
-        for name in _STREAMED:
-            if name in ("x", "dy"):
-                source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), blocks.head_channels(head)]
-            else:
-                number = self.p.token_head(head) if name in self.p.numbers else head
-                source = self.gmem[name].at[batch, number, chunk]
+        for name in self.streamed:
+            match name:
+                case "x" | "dy":
+                    source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), blocks.head_channels(head)]
+                case "D":
+                    source = self.gmem[name].at[head]
+                case "B_bias" | "C_bias":
+                    source = self.gmem[name].at[self.p.token_head(head)]
+                case "states" | "dstates":
+                    source = self.gmem[name].at[batch, head, chunk]
+                case _:
+                    source = self.gmem[name].at[batch, self.p.token_head(head), chunk]
             plgpu.copy_gmem_to_smem(source, self.smem[name].at[slot], self.smem["full"].at[slot])
 
     def over_heads(self, work: Any, carry: Any = None, *, turns: str | None = None) -> Any:
@@ -158,22 +175,23 @@ class _Block:
             turns: the matrix that this warpgroup makes for every head; one that makes none loads.
         """
         stages = min(self.stages, self.heads)
-        group_matrix = None if turns is None else self.group_matrix(turns)
 
         def step(i: Any, carry: Any) -> Any:
             slot, head = lax.rem(i, stages), self.head(i)
-            refs = {name: self.smem[name].at[slot] for name in (*_STREAMED, *_MADE)}
+            refs = {name: self.smem[name].at[slot] for name in (*self.streamed, *_MADE)}
             free = self.smem["free"].at[slot]
-            plgpu.barrier_wait(self.smem["full"].at[slot])
-            if turns is not None:
+            if turns is None:
+                plgpu.barrier_wait(self.smem["full"].at[slot])
+            else:
 
                 @pl.when(i >= stages)
                 def _() -> None:
                     plgpu.barrier_wait(free)
 
-                bias = f"{turns}_bias"
-                own_bias = self.gmem[bias].at[self.p.token_head(head)] if bias in self.gmem else None
-                turning.turn_into(refs[turns], group_matrix, turning.turn_by(refs["angles"]), own_bias)
+                # Known long before the head's own numbers are there.
+                group_matrix = self.group_matrix(turns)
+                plgpu.barrier_wait(self.smem["full"].at[slot])
+                turning.turn_into(refs[turns], group_matrix, turning.turn_by(refs["angles"]), self.bias(turns, head, refs))
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(refs["turned"])
             plgpu.barrier_wait(refs["turned"])
@@ -191,10 +209,17 @@ class _Block:
         return lax.fori_loop(0, self.heads, step, carry)
 
     def group_matrix(self, name: str) -> jax.Array:
-        """The group's B or C, in registers: in shared memory there is room for those of two heads instead."""
+        """The group's B or C out of a cache: shared memory has room for those of two heads instead."""
         batch, chunk = self.at
         columns = pl.ds(lax.axis_index("group") * self.p.state, self.p.state)
         return blocks.load_operand(self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns])
+
+    def bias(self, matrix: str, head: Any, refs: Refs) -> Any:
+        """Reference to the head's bias of B or C, or None."""
+        name = f"{matrix}_bias"
+        if name in refs:
+            return refs[name]
+        return self.gmem[name].at[self.p.token_head(head)] if name in self.gmem else None
 
     def decays(self, tokens: Any, *, transpose: bool = False) -> jax.Array:
         """``blocks.decays``, bounded."""
@@ -226,16 +251,41 @@ class _Block:
             dx = within + from_state * blocks.by_row(blocks.load(tokens.at[2], blocks.ROWS), CHANNELS)
             if "D" in gmem:
                 dy = blocks.load(refs["dy"])
-                dx = dx + dy * blocks.by_column(blocks.load(gmem["D"].at[head], blocks.COLUMNS), CHUNK)
+                dx = dx + dy * blocks.by_column(blocks.load(refs["D"], blocks.COLUMNS), CHUNK)
                 store(gmem["dD"].at[batch, chunk, head], jnp.sum(dy * x, axis=0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             store(smem["dx"], dx.astype(B.dtype))
             plgpu.commit_smem()
             target = gmem["dx"].at[batch, blocks.chunk_rows(chunk), blocks.head_channels(head)]
             plgpu.copy_smem_to_gmem(smem["dx"], target)
+            self.swing_states(refs)
+            plgpu.barrier_arrive(refs["swung"])
 
         self.over_heads(work, turns="B")
         plgpu.wait_smem_to_gmem(0)
+
+    def swing_states(self, refs: Refs) -> None:
+        """Finds by how much the loss grows as what comes after the chunk is turned against the state before it.
+
+        Of dstates^T states two numbers a pair are wanted, those of its two components, which go to "partners".
+        """
+        state = self.p.state
+        row, column = blocks.coordinates((CHUNK, CHUNK))
+
+        def tile(name: str, i: int) -> Any:
+            return refs[name].at[:, pl.ds(i * CHUNK, CHUNK)]
+
+        for i in range(state // CHUNK):
+            total = None
+            # The components that are partners of the tile's are in a row, but may begin in the middle of a tile.
+            first = (i * CHUNK + state // 2) % state
+            for j in sorted({first // CHUNK, (first + CHUNK - 1) % state // CHUNK}):
+                of_tile = blocks.product((blocks.transposed(tile("dstates", i)), tile("states", j)))
+                ahead = (j - i) * CHUNK
+                is_partner = (column + ahead == row + state // 2) | (column + ahead == row - state // 2)
+                numbers = jnp.sum(jnp.where(is_partner, of_tile, 0.0), axis=1)
+                total = numbers if total is None else total + numbers
+            store(refs["partners"].at[pl.ds(i * CHUNK, CHUNK)], total)
 
     def slopes(self) -> None:
         """Second warpgroup: C, what outputs and states say about the decays, and weights for the third."""
@@ -287,7 +337,6 @@ class _Block:
                 store(target, turning.turned(gradient, turn, back=True).astype(weights.dtype))
 
             # What goes through the state after the chunk, while the second warpgroup still makes the weights.
-            after = self.states_swing(refs)
             to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
             dB = blocks.product((self.weighted(refs["x"], to_end), refs["dstates"]))
             into_state = swing("B", dB)
@@ -300,11 +349,17 @@ class _Block:
                 ([(weighted, refs["states"]), (weights, refs["B"])], None), meanwhile=lambda: put("B", dB)
             )
             put("C", dC)
-            dangles = self.from_here(swings + swing("C", dC), into_state, weights) - after
-            dangles = dangles * math.pi
-            self.put("dstep_size", head, jnp.sum(dangles * blocks.load(gmem["theta"].at[batch, chunk]), axis=1))
-            step_size = blocks.load(gmem["step_size"].at[batch, self.p.token_head(head), chunk], blocks.ROWS)
-            return dtheta + dangles * blocks.by_row(step_size, self.p.pairs)
+            theta = blocks.load(gmem["theta"].at[batch, chunk])
+            dangles = self.from_here(swings + swing("C", dC), into_state, weights)
+            plgpu.barrier_wait(refs["swung"])
+            first, second = (
+                blocks.load(refs["partners"].at[pl.ds(start, self.p.pairs)], blocks.COLUMNS)
+                for start in (0, self.p.state // 2)
+            )
+            before = blocks.by_column((first - second) * jnp.exp2(tokens[0, CHUNK - 1]), CHUNK)
+            dangles = (dangles + before) * math.pi
+            self.put("dstep_size", head, jnp.sum(dangles * theta, axis=1))
+            return dtheta + dangles * blocks.by_row(blocks.load(refs["step_size"], blocks.ROWS), self.p.pairs)
 
         dtheta = plgpu.layout_cast(jnp.zeros((CHUNK, self.p.pairs), jnp.float32), blocks.LAYOUT)
         dtheta = self.over_heads(work, dtheta)
@@ -313,35 +368,6 @@ class _Block:
     def weighted(self, signal: Any, weight: jax.Array) -> jax.Array:
         """x or dy, each token times its weight."""
         return (blocks.load(signal) * blocks.by_row(weight, CHANNELS)).astype(signal.dtype)
-
-    def states_swing(self, refs: Refs) -> jax.Array:
-        """By how much the loss grows as the state before the chunk is turned against what comes after, a number a pair.
-
-        Of dstates^T states two numbers a pair are wanted, those of its two components.
-        """
-        state, partners = self.p.state, refs["partners"]
-        row, column = blocks.coordinates((CHUNK, CHUNK))
-
-        def tile(name: str, i: int) -> Any:
-            return refs[name].at[:, pl.ds(i * CHUNK, CHUNK)]
-
-        for i in range(state // CHUNK):
-            total = None
-            # The components that are partners of the tile's are in a row, but may begin in the middle of a tile.
-            first = (i * CHUNK + state // 2) % state
-            for j in sorted({first // CHUNK, (first + CHUNK - 1) % state // CHUNK}):
-                of_tile = blocks.product((blocks.transposed(tile("dstates", i)), tile("states", j)))
-                ahead = j * CHUNK - i * CHUNK
-                is_partner = (column + ahead == row + state // 2) | (column + ahead == row - state // 2)
-                numbers = jnp.sum(jnp.where(is_partner, of_tile, 0.0), axis=1)
-                total = numbers if total is None else total + numbers
-            store(partners.at[pl.ds(i * CHUNK, CHUNK)], total)
-        synchronize()
-        first, second = (
-            blocks.load(partners.at[pl.ds(start, self.p.pairs)], blocks.COLUMNS) for start in (0, state // 2)
-        )
-        whole = jnp.exp2(refs["tokens"][0, CHUNK - 1])
-        return blocks.by_column((second - first) * whole, CHUNK)
 
     def from_here(self, swings: jax.Array, into_state: jax.Array, buffer: Any) -> jax.Array:
         """Sums from each token to the chunk's end, less what all tokens turn of the state after the chunk.
