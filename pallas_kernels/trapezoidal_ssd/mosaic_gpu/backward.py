@@ -31,15 +31,13 @@ assert sum(_REGISTERS.values()) <= len(_REGISTERS) * _EVEN_SHARE
 
 _STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles", "step_size")
 _STREAMED_IF_THERE = ("D", "B_bias", "C_bias")
-_MADE = ("B", "C", "weights", "partners", "turned", "made", "swung")
-"""What warpgroups make for each other, a head each, and the barriers that say it is there."""
 
 
 def shared_memory(state: int, pairs: int, token_rows: int) -> tuple[int, int]:
     """Bytes of a block: those that it needs once, and those of each stage."""
     square, matrix = CHUNK * CHUNK * 2, CHUNK * state * 2
     numbers = (token_rows + 1) * CHUNK + CHANNELS + 3 * state
-    return 3 * square, 3 * square + 4 * matrix + numbers * 4 + CHUNK * pairs * 2
+    return 4 * square + 5 * matrix, 2 * square + 2 * matrix + numbers * 4 + CHUNK * pairs * 2
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: int) -> dict[str, jax.Array]:
@@ -79,14 +77,16 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         "angles": plgpu.SMEM((stages, CHUNK, p.pairs), jnp.int16),
         "step_size": plgpu.SMEM((stages, CHUNK), jnp.float32),
         **{name: plgpu.SMEM((stages, inputs[name].shape[1]), jnp.float32) for name in parameters},
-        **{name: blocks.operand(stages, CHUNK, p.state, dtype=dtype) for name in ("B", "C")},
-        "weights": blocks.operand(stages, CHUNK, CHUNK, dtype=dtype),
         "partners": plgpu.SMEM((stages, p.state), jnp.float32),
-        **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("dx", "pairs", "from_row")},
+        **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C", "turned_B", "turned_C", "gradient")},
+        **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("dx", "weights", "pairs", "from_row")},
+        "loaded": plgpu.Barrier(num_arrivals=2),
         "full": plgpu.Barrier(num_arrivals=len(_STREAMED) + len(parameters), num_barriers=stages),
-        "turned": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        **{name: plgpu.Barrier(num_barriers=stages) for name in ("made", "swung")},
         "free": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        "turned": plgpu.Barrier(num_arrivals=2),
+        "used": plgpu.Barrier(num_arrivals=3),
+        "made": plgpu.Barrier(),
+        "swung": plgpu.Barrier(num_barriers=stages),
     }
 
     def backward(gmem: Refs, smem: Refs) -> None:
@@ -137,9 +137,15 @@ class _Block:
 
         @pl.when(warpgroup == 2)
         def _() -> None:
+            batch, chunk = self.at
+            columns = pl.ds(lax.axis_index("group") * self.p.state, self.p.state)
+            for name in ("B", "C"):
+                source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns]
+                plgpu.copy_gmem_to_smem(source, self.smem[name], self.smem["loaded"])
             for i in range(min(self.stages, self.heads)):
                 self.load(i, i)
 
+        plgpu.barrier_wait(self.smem["loaded"])
         for number, (work, registers) in enumerate(_REGISTERS.items()):
             pl.when(warpgroup == number)(functools.partial(self.start, work, registers))
 
@@ -170,7 +176,7 @@ class _Block:
         """Calls ``work(head, refs, carry) -> carry`` for each head, with references to what belongs to it.
 
         Args:
-            work: of a warpgroup.
+            work: of a warpgroup. It must arrive at "used" once, when it no longer needs the head's B and C.
             carry: passed from head to head.
             turns: the matrix that this warpgroup makes for every head; one that makes none loads.
         """
@@ -178,23 +184,18 @@ class _Block:
 
         def step(i: Any, carry: Any) -> Any:
             slot, head = lax.rem(i, stages), self.head(i)
-            refs = {name: self.smem[name].at[slot] for name in (*self.streamed, *_MADE)}
             free = self.smem["free"].at[slot]
-            if turns is None:
-                plgpu.barrier_wait(self.smem["full"].at[slot])
-            else:
+            plgpu.barrier_wait(self.smem["full"].at[slot])
+            refs = {name: self.smem[name].at[slot] for name in (*self.streamed, "partners", "swung")}
+            if turns is not None:
 
-                @pl.when(i >= stages)
+                @pl.when(i > 0)
                 def _() -> None:
-                    plgpu.barrier_wait(free)
+                    plgpu.barrier_wait(self.smem["used"])
 
-                # Known long before the head's own numbers are there.
-                group_matrix = self.group_matrix(turns)
-                plgpu.barrier_wait(self.smem["full"].at[slot])
-                turning.turn_into(refs[turns], group_matrix, turning.turn_by(refs["angles"]), self.bias(turns, head, refs))
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(refs["turned"])
-            plgpu.barrier_wait(refs["turned"])
+                self.turn(turns, head, refs)
+                plgpu.barrier_arrive(self.smem["turned"])
+            plgpu.barrier_wait(self.smem["turned"])
             carry = work(head, refs, carry)
             plgpu.barrier_arrive(free)
             if turns is None and self.heads > stages:
@@ -208,11 +209,11 @@ class _Block:
 
         return lax.fori_loop(0, self.heads, step, carry)
 
-    def group_matrix(self, name: str) -> jax.Array:
-        """The group's B or C out of a cache: shared memory has room for those of two heads instead."""
-        batch, chunk = self.at
-        columns = pl.ds(lax.axis_index("group") * self.p.state, self.p.state)
-        return blocks.load_operand(self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns])
+    def turn(self, name: str, head: Any, refs: Refs) -> None:
+        """Makes a head's B or C."""
+        matrix, turn = blocks.load_operand(self.smem[name]), turning.turn_by(refs["angles"])
+        turning.turn_into(self.smem[f"turned_{name}"], matrix, turn, self.bias(name, head, refs))
+        plgpu.commit_smem()
 
     def bias(self, matrix: str, head: Any, refs: Refs) -> Any:
         """Reference to the head's bias of B or C, or None."""
@@ -220,10 +221,6 @@ class _Block:
         if name in refs:
             return refs[name]
         return self.gmem[name].at[self.p.token_head(head)] if name in self.gmem else None
-
-    def decays(self, tokens: Any, *, transpose: bool = False) -> jax.Array:
-        """``blocks.decays``, bounded."""
-        return blocks.finite(blocks.decays(tokens, transpose=transpose, rank=self.p.rank))
 
     def put(self, name: str, head: Any, numbers: jax.Array) -> None:
         """Writes a number a token of a head."""
@@ -237,12 +234,13 @@ class _Block:
 
         def work(head: Any, refs: Refs, carry: None) -> None:
             del carry
-            tokens, B = refs["tokens"], refs["B"]
-            scores = blocks.product((B, blocks.transposed(refs["C"]))) * self.decays(tokens, transpose=True)
+            tokens, B = refs["tokens"], smem["turned_B"]
+            scores = blocks.product((B, blocks.transposed(smem["turned_C"]))) * blocks.decays(tokens, transpose=True, rank=self.p.rank)
             weights = jnp.where(row <= column, scores, 0.0).astype(B.dtype)
             from_state, within = blocks.products(
                 ([(B, blocks.transposed(refs["dstates"]))], None), ([(weights, refs["dy"])], None)
             )
+            plgpu.barrier_arrive(smem["used"])
             x = blocks.load(refs["x"])
             decay = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[0], blocks.ROWS))
             from_state = from_state * blocks.by_row(decay, CHANNELS)
@@ -252,7 +250,6 @@ class _Block:
             if "D" in gmem:
                 dy = blocks.load(refs["dy"])
                 dx = dx + dy * blocks.by_column(blocks.load(refs["D"], blocks.COLUMNS), CHUNK)
-                store(gmem["dD"].at[batch, chunk, head], jnp.sum(dy * x, axis=0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             store(smem["dx"], dx.astype(B.dtype))
             plgpu.commit_smem()
@@ -289,7 +286,7 @@ class _Block:
 
     def slopes(self) -> None:
         """Second warpgroup: C, what outputs and states say about the decays, and weights for the third."""
-        smem = self.smem
+        smem, B, C = self.smem, self.smem["turned_B"], self.smem["turned_C"]
         row, column = blocks.coordinates((CHUNK, CHUNK))
         token, other = blocks.token_coordinates(self.p.rank)
         store(smem["from_row"], jnp.where(column >= row, 1.0, 0.0).astype(smem["from_row"].dtype))
@@ -297,21 +294,22 @@ class _Block:
 
         def work(head: Any, refs: Refs, carry: None) -> None:
             del carry
-            tokens, C, states = refs["tokens"], refs["C"], blocks.transposed(refs["states"])
+            tokens, states = refs["tokens"], blocks.transposed(refs["states"])
             weights, scores = blocks.products(
-                ([(refs["dy"], blocks.transposed(refs["x"]))], None), ([(C, blocks.transposed(refs["B"]))], None)
+                ([(refs["dy"], blocks.transposed(refs["x"]))], None), ([(C, blocks.transposed(B))], None)
             )
-            weights = jnp.where(other <= token, weights * self.decays(tokens), 0.0)
+            weights = jnp.where(other <= token, weights * blocks.decays(tokens, rank=self.p.rank), 0.0)
             passed = weights * scores
             self.put("own", head, jnp.sum(jnp.where(other == token, passed, 0.0), axis=1))
             # The last head's sums read "pairs", and products end in each warp by itself.
             synchronize()
-            store(refs["weights"], weights.astype(C.dtype))
+            store(smem["weights"], weights.astype(C.dtype))
             store(smem["pairs"], passed.astype(C.dtype))
             plgpu.commit_smem()
-            plgpu.barrier_arrive(refs["made"])
+            plgpu.barrier_arrive(smem["made"])
             # Row t of the first product: for each s, the sum over the tokens from t.
             passing, y = blocks.products(([(smem["from_row"], smem["pairs"])], None), ([(C, states)], None))
+            plgpu.barrier_arrive(smem["used"])
             self.put("within", head, jnp.sum(jnp.where(other < token, passing, 0.0), axis=1))
             decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
             self.put("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
@@ -322,48 +320,54 @@ class _Block:
 
     def matrices(self) -> None:
         """Third warpgroup: loads, and the gradients of B, C and the angles."""
-        gmem, (batch, chunk) = self.gmem, self.at
+        gmem, smem, (batch, chunk) = self.gmem, self.smem, self.at
+        B, C, weights, buffer = (smem[name] for name in ("turned_B", "turned_C", "weights", "gradient"))
 
         def work(head: Any, refs: Refs, dtheta: jax.Array) -> jax.Array:
-            tokens, weights = refs["tokens"], refs["weights"]
+            tokens = refs["tokens"]
             turn = turning.turn_by(refs["angles"])
-
-            def swing(name: str, gradient: jax.Array) -> jax.Array:
-                return _swing(gradient, blocks.load(refs[name]), turn.cos.shape[1])
+            pairs = turn.cos.shape[1]
 
             def put(name: str, gradient: jax.Array) -> None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                store(buffer, turning.turned(gradient, turn, back=True).astype(buffer.dtype))
+                plgpu.commit_smem()
                 columns = pl.ds(head * self.p.state, self.p.state)
-                target = gmem[f"d{name}"].at[batch, blocks.chunk_rows(chunk), columns]
-                store(target, turning.turned(gradient, turn, back=True).astype(weights.dtype))
+                plgpu.copy_smem_to_gmem(buffer, gmem[f"d{name}"].at[batch, blocks.chunk_rows(chunk), columns])
 
             # What goes through the state after the chunk, while the second warpgroup still makes the weights.
             to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
             dB = blocks.product((self.weighted(refs["x"], to_end), refs["dstates"]))
-            into_state = swing("B", dB)
-            plgpu.barrier_wait(refs["made"])
-            dB = blocks.product((blocks.transposed(weights), refs["C"]), plus=dB)
-            swings = swing("B", dB)
+            into_state = _swing(dB, blocks.load(B), pairs)
+            if "dD" in gmem:
+                dD = jnp.sum(blocks.load(refs["x"]) * blocks.load(refs["dy"]), axis=0)
+                store(gmem["dD"].at[batch, chunk, head], dD)
+            plgpu.barrier_wait(smem["made"])
+            dB = blocks.product((blocks.transposed(weights), C), plus=dB)
+            swings = _swing(dB, blocks.load(B), pairs)
             decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
-            weighted = self.weighted(refs["dy"], decay)
-            dC, _ = blocks.products(
-                ([(weighted, refs["states"]), (weights, refs["B"])], None), meanwhile=lambda: put("B", dB)
-            )
-            put("C", dC)
+            dy = self.weighted(refs["dy"], decay)
+            dC, _ = blocks.products(([(dy, refs["states"]), (weights, B)], None), meanwhile=lambda: put("B", dB))
+            swings = swings + _swing(dC, blocks.load(C), pairs)
+            plgpu.barrier_arrive(smem["used"])
             theta = blocks.load(gmem["theta"].at[batch, chunk])
-            dangles = self.from_here(swings + swing("C", dC), into_state, weights)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            dangles = self.from_here(swings, into_state, buffer.at[:, pl.ds(0, CHUNK)])
+            put("C", dC)
             plgpu.barrier_wait(refs["swung"])
             first, second = (
-                blocks.load(refs["partners"].at[pl.ds(start, self.p.pairs)], blocks.COLUMNS)
+                blocks.load(refs["partners"].at[pl.ds(start, pairs)], blocks.COLUMNS)
                 for start in (0, self.p.state // 2)
             )
             before = blocks.by_column((first - second) * jnp.exp2(tokens[0, CHUNK - 1]), CHUNK)
             dangles = (dangles + before) * math.pi
             self.put("dstep_size", head, jnp.sum(dangles * theta, axis=1))
-            return dtheta + dangles * blocks.by_row(blocks.load(refs["step_size"], blocks.ROWS), self.p.pairs)
+            return dtheta + dangles * blocks.by_row(blocks.load(refs["step_size"], blocks.ROWS), pairs)
 
         dtheta = plgpu.layout_cast(jnp.zeros((CHUNK, self.p.pairs), jnp.float32), blocks.LAYOUT)
         dtheta = self.over_heads(work, dtheta)
         store(gmem["dtheta"].at[self.piece, batch, chunk], dtheta)
+        plgpu.wait_smem_to_gmem(0)
 
     def weighted(self, signal: Any, weight: jax.Array) -> jax.Array:
         """x or dy, each token times its weight."""
