@@ -78,7 +78,9 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         "step_size": plgpu.SMEM((stages, CHUNK), jnp.float32),
         **{name: plgpu.SMEM((stages, inputs[name].shape[1]), jnp.float32) for name in parameters},
         "partners": plgpu.SMEM((stages, p.state), jnp.float32),
-        **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C", "turned_B", "turned_C", "gradient")},
+        **{
+            name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C", "turned_B", "turned_C", "gradient")
+        },
         **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("dx", "weights", "pairs", "from_row")},
         "loaded": plgpu.Barrier(num_arrivals=2),
         "full": plgpu.Barrier(num_arrivals=len(_STREAMED) + len(parameters), num_barriers=stages),
@@ -235,7 +237,9 @@ class _Block:
         def work(head: Any, refs: Refs, carry: None) -> None:
             del carry
             tokens, B = refs["tokens"], smem["turned_B"]
-            scores = blocks.product((B, blocks.transposed(smem["turned_C"]))) * blocks.decays(tokens, transpose=True, rank=self.p.rank)
+            scores = blocks.product((B, blocks.transposed(smem["turned_C"]))) * blocks.decays(
+                tokens, transpose=True, rank=self.p.rank
+            )
             weights = jnp.where(row <= column, scores, 0.0).astype(B.dtype)
             from_state, within = blocks.products(
                 ([(B, blocks.transposed(refs["dstates"]))], None), ([(weights, refs["dy"])], None)
@@ -286,7 +290,8 @@ class _Block:
 
     def slopes(self) -> None:
         """Second warpgroup: C, what outputs and states say about the decays, and weights for the third."""
-        smem, B, C = self.smem, self.smem["turned_B"], self.smem["turned_C"]
+        gmem, smem, (batch, chunk) = self.gmem, self.smem, self.at
+        B, C = smem["turned_B"], smem["turned_C"]
         row, column = blocks.coordinates((CHUNK, CHUNK))
         token, other = blocks.token_coordinates(self.p.rank)
         store(smem["from_row"], jnp.where(column >= row, 1.0, 0.0).astype(smem["from_row"].dtype))
@@ -312,7 +317,10 @@ class _Block:
             plgpu.barrier_arrive(smem["used"])
             self.put("within", head, jnp.sum(jnp.where(other < token, passing, 0.0), axis=1))
             decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
-            self.put("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
+            dy = blocks.load(refs["dy"])
+            self.put("from_start", head, decay * jnp.sum(dy * y, axis=1))
+            if "dD" in gmem:
+                store(gmem["dD"].at[batch, chunk, head], jnp.sum(dy * blocks.load(refs["x"]), axis=0))
             across = blocks.product((refs["dstates"], states))
             self.put("across", head, jnp.sum(jnp.where(row == column, across, 0.0), axis=1))
 
@@ -339,9 +347,6 @@ class _Block:
             to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
             dB = blocks.product((self.weighted(refs["x"], to_end), refs["dstates"]))
             into_state = _swing(dB, blocks.load(B), pairs)
-            if "dD" in gmem:
-                dD = jnp.sum(blocks.load(refs["x"]) * blocks.load(refs["dy"]), axis=0)
-                store(gmem["dD"].at[batch, chunk, head], dD)
             plgpu.barrier_wait(smem["made"])
             dB = blocks.product((blocks.transposed(weights), C), plus=dB)
             swings = _swing(dB, blocks.load(B), pairs)
@@ -397,6 +402,7 @@ class _Block:
                 sums = blocks.product((matrix, buffer), plus=sums)
             pieces.append(turning.columns(sums, 0, half) + turning.columns(sums, half, CHUNK))
         return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+
 
 def _swing(gradient: jax.Array, matrix: jax.Array, pairs: int) -> jax.Array:
     """By how much the loss grows as the pairs of a matrix that has been turned are turned on, for an angle of 1.
