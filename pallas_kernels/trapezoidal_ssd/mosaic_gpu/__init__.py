@@ -8,8 +8,6 @@ the kernels' masks know which rows are one token.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 

@@ -261,6 +261,10 @@ class _Block:
             plgpu.copy_smem_to_gmem(smem["dx"], target)
             self.swing_states(refs)
             plgpu.barrier_arrive(refs["swung"])
+            if "dD" in gmem:
+                # To add columns up over lanes and warps would take three times as many instructions.
+                products = blocks.product((blocks.transposed(refs["dy"]), refs["x"]))
+                store(gmem["dD"].at[batch, chunk, head], _diagonal(products))
 
         self.over_heads(work, turns="B")
         plgpu.wait_smem_to_gmem(0)
@@ -290,8 +294,7 @@ class _Block:
 
     def slopes(self) -> None:
         """Second warpgroup: C, what outputs and states say about the decays, and weights for the third."""
-        gmem, smem, (batch, chunk) = self.gmem, self.smem, self.at
-        B, C = smem["turned_B"], smem["turned_C"]
+        smem, B, C = self.smem, self.smem["turned_B"], self.smem["turned_C"]
         row, column = blocks.coordinates((CHUNK, CHUNK))
         token, other = blocks.token_coordinates(self.p.rank)
         store(smem["from_row"], jnp.where(column >= row, 1.0, 0.0).astype(smem["from_row"].dtype))
@@ -317,12 +320,9 @@ class _Block:
             plgpu.barrier_arrive(smem["used"])
             self.put("within", head, jnp.sum(jnp.where(other < token, passing, 0.0), axis=1))
             decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
-            dy = blocks.load(refs["dy"])
-            self.put("from_start", head, decay * jnp.sum(dy * y, axis=1))
-            if "dD" in gmem:
-                store(gmem["dD"].at[batch, chunk, head], jnp.sum(dy * blocks.load(refs["x"]), axis=0))
+            self.put("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
             across = blocks.product((refs["dstates"], states))
-            self.put("across", head, jnp.sum(jnp.where(row == column, across, 0.0), axis=1))
+            self.put("across", head, _diagonal(across))
 
         self.over_heads(work, turns="C")
 
@@ -415,3 +415,9 @@ def _swing(gradient: jax.Array, matrix: jax.Array, pairs: int) -> jax.Array:
     return turning.columns(gradient, *second) * turning.columns(matrix, *first) - turning.columns(
         gradient, *first
     ) * turning.columns(matrix, *second)
+
+
+def _diagonal(matrix: jax.Array) -> jax.Array:
+    """The numbers on a matrix' diagonal, one a row."""
+    row, column = blocks.coordinates(matrix.shape)
+    return jnp.sum(jnp.where(row == column, matrix, 0.0), axis=1)

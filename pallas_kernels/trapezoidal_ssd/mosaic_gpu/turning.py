@@ -10,7 +10,6 @@ Pairs are n and n + half of the kernels' state: each half of the operator's is p
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int16
 
