@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.mosaic_gpu_compat import plgpu
-from pallas_kernels.ssd.mosaic_gpu import plan
+from pallas_kernels.ssd.mosaic_gpu import plan as ssd_plan
 from pallas_kernels.trapezoidal_ssd import mosaic_gpu, reference
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu import plan
 
 BENCHMARK_SHAPES = ((8, 2048, 80, 64, 128), (8, 2048, 24, 64, 128), (1, 131072, 24, 64, 128))
 OPTIONS = {"delta_softplus": True, "norm_epsilon": 1e-5, "chunk_size": None}
@@ -131,12 +133,21 @@ def test_interpreted_kernels_compute_the_recurrence_and_its_gradient(dims, optio
 
 @pytest.mark.slow
 def test_parts_of_a_long_sequence_join_to_the_whole(monkeypatch):
-    choose = plan.choose
-    monkeypatch.setattr(plan, "choose", lambda *sizes: plan.dataclasses.replace(choose(*sizes), parts=3))
+    choose = ssd_plan.choose
+    monkeypatch.setattr(ssd_plan, "choose", lambda *sizes: dataclasses.replace(choose(*sizes), parts=3))
     assert_right(make_inputs(1, 5 * 64, 1, 16, 8, optional=(), rate=1.0))
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_heads_share_a_block_where_there_are_many(monkeypatch):
+    monkeypatch.setattr(plan, "MULTIPROCESSORS", 1)
+    inputs = make_inputs(1, 70, 8, 16, 8, groups=2, optional=("B_bias", "C_bias"))
+    # Of the four heads of a group, three share a block, and another block has the last one three times.
+    assert plan.choose(1, 2, 8, 2, 64, 32).states == (3, 2)
+    assert_right(inputs, interpret=True)
+
+
 def test_vmap_is_a_loop():
     instances = [make_inputs(1, 20, 2, 16, 8, optional=("B_bias", "C_bias"), seed=seed) for seed in range(2)]
     shared = {"C_bias": instances[0].C_bias}

@@ -56,7 +56,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         and "dtheta", (groups · splits, batch, chunks, CHUNK, pairs), to be summed; with D also "dD", (batch, chunks,
         heads, CHANNELS), to be summed; and those of ``slopes.names``.
     """
-    dtype, groups = inputs["x"].dtype, p.groups // p.shared_by
+    dtype, groups = inputs["x"].dtype, p.groups
     matrix = jax.ShapeDtypeStruct((p.batch, p.chunks * CHUNK, p.heads * p.state), dtype)
     outputs: dict[str, Any] = {
         "dx": jax.ShapeDtypeStruct(inputs["x"].shape, dtype),
@@ -118,7 +118,7 @@ class _Block:
 
     @property
     def heads(self) -> int:
-        return self.p.heads // (self.p.groups // self.p.shared_by) // self.splits
+        return self.p.heads_per_group // self.splits
 
     def head(self, i: Any) -> Any:
         """The block's i-th head."""

@@ -35,14 +35,14 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
     }
     if save_states:
         outputs["states"] = p.states_type(dtype)
-    scratch = p.walk_buffers(["B", "C"], "x", dtype) | turning.bias_buffers(inputs, ["B", "C"])
+    scratch = p.walk_buffers(["B", "C"], "x", dtype) | turning.bias_buffers(p, inputs, ["B", "C"])
     scratch["weights"] = blocks.operand(CHUNK, CHUNK, dtype=dtype)
 
     def forward(gmem: Refs, smem: Refs) -> None:
         block = p.block()
         weights = smem["weights"]
         row, column = blocks.token_coordinates(p.rank)
-        biases = turning.biases(gmem, smem, p.token_head(block.head), ["B", "C"])
+        biases = turning.biases(p, gmem, smem, block, ["B", "C"])
         D = blocks.load(gmem["D"].at[block.head], blocks.ROWS) if "D" in gmem else None
 
         # Tokens are columns here, so that the state, as it leaves a matrix instruction, is ready to enter the next.
