@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from jax import lax
 from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks, slopes, turning
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, STATE_UNIT, Problem
 
 _EVEN_SHARE = 168
 """Registers of a lane, where three warpgroups have the same."""
@@ -37,7 +38,13 @@ def shared_memory(state: int, pairs: int, token_rows: int) -> tuple[int, int]:
     """Bytes of a block: those that it needs once, and those of each stage."""
     square, matrix = CHUNK * CHUNK * 2, CHUNK * state * 2
     numbers = (token_rows + 1) * CHUNK + CHANNELS + 3 * state
-    return 4 * square + 5 * matrix, 2 * square + 2 * matrix + numbers * 4 + CHUNK * pairs * 2
+    once = 4 * square + 4 * matrix + _gradient_tiles(state) * square
+    return once, 2 * square + 2 * matrix + numbers * 4 + CHUNK * pairs * 2
+
+
+def _gradient_tiles(state: int) -> int:
+    """Tiles of a gradient of B or C on their way out at once: more than two leave no room for large states."""
+    return min(2, state // STATE_UNIT)
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: int) -> dict[str, jax.Array]:
@@ -78,9 +85,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         "step_size": plgpu.SMEM((stages, CHUNK), jnp.float32),
         **{name: plgpu.SMEM((stages, inputs[name].shape[1]), jnp.float32) for name in parameters},
         "partners": plgpu.SMEM((stages, p.state), jnp.float32),
-        **{
-            name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C", "turned_B", "turned_C", "gradient")
-        },
+        **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C", "turned_B", "turned_C")},
+        "gradient": blocks.operand(_gradient_tiles(p.state), CHUNK, STATE_UNIT, dtype=dtype),
         **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("dx", "weights", "pairs", "from_row")},
         "loaded": plgpu.Barrier(num_arrivals=2),
         "full": plgpu.Barrier(num_arrivals=len(_STREAMED) + len(parameters), num_barriers=stages),
@@ -237,10 +243,9 @@ class _Block:
         def work(head: Any, refs: Refs, carry: None) -> None:
             del carry
             tokens, B = refs["tokens"], smem["turned_B"]
-            scores = blocks.product((B, blocks.transposed(smem["turned_C"]))) * blocks.decays(
-                tokens, transpose=True, rank=self.p.rank
-            )
-            weights = jnp.where(row <= column, scores, 0.0).astype(B.dtype)
+            decays = functools.partial(blocks.decays, tokens, transpose=True, rank=self.p.rank)
+            scores, decays = blocks.products(([(B, blocks.transposed(smem["turned_C"]))], None), meanwhile=decays)
+            weights = jnp.where(row <= column, scores * decays, 0.0).astype(B.dtype)
             from_state, within = blocks.products(
                 ([(B, blocks.transposed(refs["dstates"]))], None), ([(weights, refs["dy"])], None)
             )
@@ -303,10 +308,12 @@ class _Block:
         def work(head: Any, refs: Refs, carry: None) -> None:
             del carry
             tokens, states = refs["tokens"], blocks.transposed(refs["states"])
-            weights, scores = blocks.products(
-                ([(refs["dy"], blocks.transposed(refs["x"]))], None), ([(C, blocks.transposed(B))], None)
+            weights, scores, decays = blocks.products(
+                ([(refs["dy"], blocks.transposed(refs["x"]))], None),
+                ([(C, blocks.transposed(B))], None),
+                meanwhile=functools.partial(blocks.decays, tokens, rank=self.p.rank),
             )
-            weights = jnp.where(other <= token, weights * blocks.decays(tokens, rank=self.p.rank), 0.0)
+            weights = jnp.where(other <= token, weights * decays, 0.0)
             passed = weights * scores
             self.put("own", head, jnp.sum(jnp.where(other == token, passed, 0.0), axis=1))
             # The last head's sums read "pairs", and products end in each warp by itself.
@@ -337,11 +344,17 @@ class _Block:
             pairs = turn.cos.shape[1]
 
             def put(name: str, gradient: jax.Array) -> None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                store(buffer, turning.turned(gradient, turn, back=True).astype(buffer.dtype))
-                plgpu.commit_smem()
-                columns = pl.ds(head * self.p.state, self.p.state)
-                plgpu.copy_smem_to_gmem(buffer, gmem[f"d{name}"].at[batch, blocks.chunk_rows(chunk), columns])
+                gradient = turning.turned(gradient, turn, back=True).astype(buffer.dtype)
+                starts = range(0, self.p.state, STATE_UNIT)
+                for tiles in itertools.batched(starts, buffer.shape[0]):
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    for i, start in enumerate(tiles):
+                        store(buffer.at[i], turning.columns(gradient, start, start + STATE_UNIT))
+                    plgpu.commit_smem()
+                    for i, start in enumerate(tiles):
+                        columns = pl.ds(head * self.p.state + start, STATE_UNIT)
+                        target = gmem[f"d{name}"].at[batch, blocks.chunk_rows(chunk), columns]
+                        plgpu.copy_smem_to_gmem(buffer.at[i], target)
 
             # What goes through the state after the chunk, while the second warpgroup still makes the weights.
             to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
@@ -350,14 +363,13 @@ class _Block:
             plgpu.barrier_wait(smem["made"])
             dB = blocks.product((blocks.transposed(weights), C), plus=dB)
             swings = _swing(dB, blocks.load(B), pairs)
-            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
-            dy = self.weighted(refs["dy"], decay)
+            dy = self.weighted(refs["dy"], jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS)))
             dC, _ = blocks.products(([(dy, refs["states"]), (weights, B)], None), meanwhile=lambda: put("B", dB))
             swings = swings + _swing(dC, blocks.load(C), pairs)
             plgpu.barrier_arrive(smem["used"])
             theta = blocks.load(gmem["theta"].at[batch, chunk])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            dangles = self.from_here(swings, into_state, buffer.at[:, pl.ds(0, CHUNK)])
+            dangles = self.from_here(swings, into_state, buffer.at[0])
             put("C", dC)
             plgpu.barrier_wait(refs["swung"])
             first, second = (

@@ -53,18 +53,23 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
             for name in ("B", "C"):
                 turning.turn_into(refs[name], blocks.load_operand(refs[name]), turn, biases[name])
             plgpu.commit_smem()
-            scores = blocks.product((B, C)) * blocks.decays(tokens, transpose=True, rank=p.rank)
-            store(weights, jnp.where(row <= column, scores, 0.0).astype(dtype))
+
+            def weigh() -> tuple[jax.Array, jax.Array, jax.Array]:
+                x = blocks.load_operand(blocks.transposed(refs["x"]))
+                to_end = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
+                weighted = (x.astype(jnp.float32) * blocks.by_column(to_end, CHANNELS)).astype(dtype)
+                return blocks.decays(tokens, transpose=True, rank=p.rank), x, weighted
+
+            scores, y, (decays, x, weighted) = blocks.products(
+                ([(B, C)], None), ([(state.astype(dtype), C)], None), meanwhile=weigh
+            )
+            store(weights, jnp.where(row <= column, scores * decays, 0.0).astype(dtype))
             plgpu.commit_smem()
             # Of the chunk before.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             release()
 
-            y = blocks.product((state.astype(dtype), C))
             y = y * blocks.by_column(jnp.exp2(blocks.load(tokens.at[0], blocks.COLUMNS)), CHANNELS)
-            to_end = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
-            x = blocks.load_operand(blocks.transposed(refs["x"]))
-            weighted = (x.astype(jnp.float32) * blocks.by_column(to_end, CHANNELS)).astype(dtype)
             y, state = blocks.products(([(x, weights)], y), ([(weighted, B)], state * jnp.exp2(whole)))
             if D is not None:
                 y = y + x.astype(jnp.float32) * blocks.by_row(D, CHUNK)
