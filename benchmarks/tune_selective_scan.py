@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 
 from benchmarks.accuracy import Drawing, print_errors
 from benchmarks.operators import Arrays
-from benchmarks.tuning import Sizes, Variant, draw, tune, without_dy
+from benchmarks.tuning import Sizes, Variant, draw, run_script, without_dy
 from pallas_kernels.selective_scan import mosaic_gpu, reference
 from pallas_kernels.selective_scan.inputs import Inputs
 from pallas_kernels.selective_scan.mosaic_gpu import backward, forward, parts, plan
@@ -37,16 +36,8 @@ SHAPES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare with the reference in float64")
-    parser.add_argument("--forward", nargs="*", choices=SHAPES, help="shapes to time the forward kernel at")
-    parser.add_argument("--backward", nargs="*", choices=SHAPES, help="shapes to time the backward kernel at")
-    parser.add_argument("--seconds", type=float, default=240, help="stop starting new variants after this time")
-    options = parser.parse_args()
-    deadline = time.monotonic() + options.seconds
-    if options.check:
-        check()
-    tune(_variants(options), _arrays, deadline)
+    timed = {"forward": "the forward kernel", "backward": "the backward kernel"}
+    run_script(__doc__, SHAPES, timed, _variants, _arrays, check)
 
 
 def _variants(options: argparse.Namespace) -> Iterator[Variant]:
@@ -54,7 +45,7 @@ def _variants(options: argparse.Namespace) -> Iterator[Variant]:
         ("forward", options.forward, forward_plans, _run_forward),
         ("backward", options.backward, backward_plans, _run_backward),
     ):
-        for name in names or ():
+        for name in names:
             for chosen in plans(SHAPES[name]):
                 g = chosen.geometry
                 label = f"{g.warpgroups} x {g.tiles} tiles steps {g.steps} unroll {g.unroll} parts {chosen.num_parts}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 
 from benchmarks.accuracy import Drawing, print_errors
 from benchmarks.operators import Arrays
-from benchmarks.tuning import Sizes, Variant, draw, tune, without_dy
+from benchmarks.tuning import Sizes, Variant, draw, run_script, without_dy
 from pallas_kernels.ssd import mosaic_gpu, reference
 from pallas_kernels.ssd.inputs import Inputs
 from pallas_kernels.ssd.mosaic_gpu import plan
@@ -39,28 +38,23 @@ OPTIONS = {"delta_softplus": True, "delta_limit": (0.0, math.inf), "chunk_size":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare with the reference in float64")
-    parser.add_argument("--whole", nargs="*", choices=SHAPES, help="shapes to time the operator at, as it is called")
-    parser.add_argument("--forward", nargs="*", choices=SHAPES, help="shapes to time the forward pass's plans at")
-    parser.add_argument("--backward", nargs="*", choices=SHAPES, help="shapes to time the backward pass's plans at")
-    parser.add_argument("--seconds", type=float, default=240, help="stop starting new variants after this time")
-    options = parser.parse_args()
-    deadline = time.monotonic() + options.seconds
-    if options.check:
-        check()
-    tune(_variants(options), _arrays, deadline)
+    timed = {
+        "whole": "the operator, as it is called,",
+        "forward": "the forward pass's plans",
+        "backward": "the backward pass's plans",
+    }
+    run_script(__doc__, SHAPES, timed, _variants, _arrays, check)
 
 
 def _variants(options: argparse.Namespace) -> Iterator[Variant]:
-    for name in options.whole or ():
+    for name in options.whole:
         for label, run in _WHOLE.items():
             yield Variant("whole", SHAPES[name], label, run, comparable=False)
     for kind, names, plans, make in (
         ("forward", options.forward, forward_plans, _run_forward),
         ("backward", options.backward, backward_plans, _run_backward),
     ):
-        for name in names or ():
+        for name in names:
             for chosen in plans(SHAPES[name]):
                 label = " ".join(f"{field} {value}" for field, value in dataclasses.asdict(chosen).items())
                 yield Variant(kind, SHAPES[name], label, make(chosen))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from benchmarks.accuracy import Drawing, print_errors
 from benchmarks.operators import OPERATORS, Arrays
 from benchmarks.tune_ssd import DIMS, SHAPES
-from benchmarks.tuning import Sizes, Variant, draw, tune, without_dy
+from benchmarks.tuning import Sizes, Variant, draw, run_script, without_dy
 from pallas_kernels.ssd import ssd
 from pallas_kernels.trapezoidal_ssd import mosaic_gpu, reference
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
@@ -30,19 +29,11 @@ OPTIONS = {"delta_softplus": True, "norm_epsilon": 1e-5, "chunk_size": None}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare with the reference in float64")
-    parser.add_argument("--whole", nargs="*", choices=SHAPES, help="shapes to time both operators at")
-    parser.add_argument("--seconds", type=float, default=150, help="stop starting new variants after this time")
-    options = parser.parse_args()
-    deadline = time.monotonic() + options.seconds
-    if options.check:
-        check()
-    tune(_variants(options), _arrays, deadline)
+    run_script(__doc__, SHAPES, {"whole": "both operators"}, _variants, _arrays, check, seconds=150)
 
 
 def _variants(options: argparse.Namespace) -> Iterator[Variant]:
-    for name in options.whole or ():
+    for name in options.whole:
         for operator, call in (("ssd", _ssd), ("trapezoidal_ssd", _trapezoidal_ssd)):
             for label, run in (("forward", call), ("forward and backward", functools.partial(_gradient, call))):
                 yield Variant("whole", SHAPES[name], f"{operator} {label}", run, comparable=False)

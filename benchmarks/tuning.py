@@ -6,6 +6,7 @@ of several calls on inputs that do not fit in the L2 cache.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import itertools
@@ -58,6 +59,39 @@ def draw(operator: str, dims: Mapping[str, int], seed: int) -> Arrays:
 def without_dy(arrays: Arrays) -> Arrays:
     """What ``draw`` has drawn as inputs."""
     return {name: array for name, array in arrays.items() if name != "dy"}
+
+
+def run_script(
+    description: str | None,
+    shapes: Mapping[str, Sizes],
+    timed: Mapping[str, str],
+    variants: Callable[[argparse.Namespace], Iterable[Variant]],
+    make: Make,
+    check: Callable[[], None],
+    *,
+    seconds: float = 240,
+) -> None:
+    """Runs a script that takes shapes by their names: parses the command line, checks results, times variants.
+
+    Args:
+        description: of the script.
+        shapes: that can be named.
+        timed: options that take names of shapes, each with what is timed at them.
+        variants: returns what to time by the parsed options.
+        make: as for ``tune``.
+        check: prints errors.
+        seconds: after which no new variants are timed, by default.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--check", action="store_true", help="compare with the reference in float64")
+    for name, what in timed.items():
+        parser.add_argument(f"--{name}", nargs="*", choices=shapes, default=(), help=f"shapes to time {what} at")
+    parser.add_argument("--seconds", type=float, default=seconds, help="stop starting new variants after this time")
+    options = parser.parse_args()
+    deadline = time.monotonic() + options.seconds
+    if options.check:
+        check()
+    tune(variants(options), make, deadline)
 
 
 def tune(
