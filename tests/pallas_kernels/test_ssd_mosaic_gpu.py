@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from pallas_kernels.selective_scan.inputs import Inputs as SelectiveScanInputs
 from pallas_kernels.ssd import mosaic_gpu
 from pallas_kernels.ssd.inputs import Inputs
 from pallas_kernels.ssd.mosaic_gpu import call, plan, tokens
+from tests.pallas_kernels.refusals import RefusalContract
 from tests.pallas_kernels.ssd_definition import (
     OPTIONS,
     cotangents,
@@ -206,36 +206,15 @@ def test_one_state_a_chunk_is_saved_in_16_bits():
     assert tokens.shape == (2, 32, 3, 3, 64)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda i: i._replace(x=i.x.astype(jnp.float32)), "x is float32; implementation='xla'"),
-        (lambda i: i._replace(C=i.C.astype(jnp.float16)), "C is float16"),
-        (lambda i: i._replace(B=jnp.zeros((1, 4, 1, 300), jnp.bfloat16)), "state must be at most 256, got 300"),
-    ],
-)
-def test_what_the_kernels_cannot_do_is_named(change, message, no_shape_checks):
-    reason = mosaic_gpu.unsupported_reason(change(make_inputs(1, 4, 1, 8, 4)), **OPTIONS)
-    assert reason is not None
-    assert message in reason
+class TestRefusals(RefusalContract):
+    kernels, options = mosaic_gpu, OPTIONS
 
+    def inputs(self):
+        return make_inputs(1, 4, 1, 8, 4)
 
-def test_other_chunk_sizes_are_left_to_xla():
-    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS | {"chunk_size": 32})
-    assert reason == "chunk_size must be None or 64, got 32; implementation='xla' takes any"
-
-
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-def test_a_cpu_is_named_as_what_is_missing():
-    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS)
-    assert reason == "it needs an NVIDIA GPU, the default device is a cpu"
-
-
-def test_gpus_without_matrix_instructions_of_warpgroups_are_named(monkeypatch):
-    device = types.SimpleNamespace(platform="gpu", compute_capability="10.0", device_kind="NVIDIA B200")
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS)
-    assert reason == "it needs compute capability 9.0 (Hopper), NVIDIA B200 has 10.0"
+    def test_larger_states_are_left_to_xla(self, no_shape_checks):
+        inputs = self.inputs()._replace(B=jnp.zeros((1, 4, 1, 300), jnp.bfloat16))
+        assert self.reason(inputs=inputs) == "state must be at most 256, got 300; implementation='xla' takes any"
 
 
 @pytest.mark.gpu

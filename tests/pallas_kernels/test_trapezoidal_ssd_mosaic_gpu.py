@@ -13,6 +13,7 @@ from pallas_kernels.mosaic_gpu_compat import plgpu
 from pallas_kernels.ssd.mosaic_gpu import plan
 from pallas_kernels.trapezoidal_ssd import mosaic_gpu, reference
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
+from tests.pallas_kernels.refusals import RefusalContract
 
 BENCHMARK_SHAPES = ((8, 2048, 80, 64, 128), (8, 2048, 24, 64, 128), (1, 131072, 24, 64, 128))
 OPTIONS = {"delta_softplus": True, "norm_epsilon": 1e-5, "chunk_size": None}
@@ -201,30 +202,20 @@ def test_other_sizes_lower_for_cuda(head_dim, state, options):
     assert "mosaic_gpu" in lower_with_gradient((2, 1000, 4, head_dim, state), **options)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda i: i._replace(x=i.x.astype(jnp.float32)), "x is float32; implementation='xla'"),
-        (lambda i: i._replace(C=i.C.astype(jnp.float16)), "C is float16"),
-        (lambda i: i._replace(B=jnp.zeros((1, 4, 1, 1, 194), jnp.bfloat16)), "state must be at most 192, got 194"),
-        (lambda i: i._replace(B=jnp.zeros((1, 4, 1, 65, 8), jnp.bfloat16)), "rank must be at most 64, got 65"),
-    ],
-)
-def test_what_the_kernels_cannot_do_is_named(change, message, no_shape_checks):
-    reason = mosaic_gpu.unsupported_reason(change(make_inputs(1, 4, 1, 8, 4)), **OPTIONS)
-    assert reason is not None
-    assert message in reason
+class TestRefusals(RefusalContract):
+    kernels, options = mosaic_gpu, OPTIONS
 
+    def inputs(self):
+        return make_inputs(1, 4, 1, 8, 4)
 
-def test_other_chunk_sizes_are_left_to_xla():
-    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS | {"chunk_size": 32})
-    assert reason == "chunk_size must be None or 64, got 32; implementation='xla' takes any"
-
-
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-def test_a_cpu_is_named_as_what_is_missing():
-    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS)
-    assert reason == "it needs an NVIDIA GPU, the default device is a cpu"
+    @pytest.mark.parametrize(
+        ("dims", "message"),
+        [((1, 194), "state must be at most 192, got 194"), ((65, 8), "rank must be at most 64, got 65")],
+        ids=["state", "rank"],
+    )
+    def test_larger_states_and_ranks_are_left_to_xla(self, dims, message, no_shape_checks):
+        inputs = self.inputs()._replace(B=jnp.zeros((1, 4, 1, *dims), jnp.bfloat16))
+        assert self.reason(inputs=inputs) == f"{message}; implementation='xla' takes any"
 
 
 @pytest.mark.gpu
