@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
+
+from benchmarks import profiler
 
 Program = jax.stages.Compiled
 """Takes a list of ``MAX_CALLS`` sets of arguments, or of fewer if that is all, and returns a list of results."""
@@ -97,7 +97,7 @@ def time_program(program: Program, input_sets: Sequence[tuple[Any, ...]], *, sam
     lower, _, upper = statistics.quantiles(times, n=4) if samples > 1 else (times[0],) * 3
     kernels = None
     if jax.default_backend() == "gpu":
-        kernels = _kernel_seconds(lambda: run(queued)) / calls
+        kernels = sum(kernel.end - kernel.start for kernel in profiler.kernels(lambda: run(queued))) / 1e9 / calls
     return Timing(statistics.median(times), lower, upper, samples, samples * calls, kernels), first
 
 
@@ -105,14 +105,3 @@ def time_calls(function: Callable[..., Any], input_sets: Sequence[tuple[Any, ...
     """Compiles a function and times it; see ``compile_calls`` and ``time_program``."""
     program = compile_calls(function, input_sets[0], sets=len(input_sets))
     return time_program(program, input_sets, samples=samples)[0]
-
-
-def _kernel_seconds(run: Callable[[], Any]) -> float:
-    """Sums the durations of all that runs on the device meanwhile."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        (trace,) = Path(folder).glob("**/*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(trace)).planes
-        streams = (line for plane in planes if "GPU" in plane.name for line in plane.lines if "Stream" in line.name)
-        return sum(event.duration_ns for line in streams for event in line.events) / 1e9

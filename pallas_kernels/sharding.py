@@ -7,7 +7,7 @@ the kernel on its own part of the arrays, and the parts follow the sharding of t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ Axis = str | tuple[str, ...]
 def map_shards[Outputs: tuple[jax.Array, ...]](
     function: Callable[[Any, Axis | None], Outputs],
     inputs: Any,
-    input_dims: dict[str, Dims],
+    input_dims: Mapping[str, Dims],
     output_dims: tuple[Dims, ...],
 ) -> Outputs:
     """Calls a function on every device's part of the inputs.
@@ -68,7 +68,37 @@ def map_shards[Outputs: tuple[jax.Array, ...]](
     return run(type(inputs)(**resharded))
 
 
-def shard_count(array: jax.Array, dim: int) -> int:
+def shard_groups(inputs: Any, input_dims: Mapping[str, Dims], members: str) -> tuple[Any, dict[str, Dims]]:
+    """Makes groups of channels or heads ready for ``map_shards``: several are sharded along with their members.
+
+    Groups that several shards need are repeated, so that each shard has its own. A single group serves all shards and
+    stays as it is.
+
+    Args:
+        inputs: a NamedTuple of arrays, the main one first.
+        input_dims: names of each input's dimensions. Those with a dimension "groups" have the same number of groups.
+        members: the dimension of the main input that is cut into groups.
+
+    Returns:
+        What ``map_shards`` takes for both.
+    """
+    shards = _shard_count(inputs[0], input_dims[inputs._fields[0]].index(members))
+    sharded_dims = dict(input_dims)
+    for name, dims in input_dims.items():
+        if "groups" not in dims:
+            continue
+        array, dim = getattr(inputs, name), dims.index("groups")
+        groups = array.shape[dim]
+        if groups == 1:
+            continue
+        if groups % shards:
+            array = jnp.repeat(array, math.lcm(groups, shards) // groups, axis=dim)
+        inputs = inputs._replace(**{name: array})
+        sharded_dims[name] = (*dims[:dim], members, *dims[dim + 1 :])
+    return inputs, sharded_dims
+
+
+def _shard_count(array: jax.Array, dim: int) -> int:
     """Number of parts that ``map_shards`` finds this dimension of an array in: 1 where it is not sharded."""
     sharding = jax.typeof(array).sharding
     axis = sharding.spec[dim] if _explicit_axes(sharding.mesh) else None
@@ -76,17 +106,6 @@ def shard_count(array: jax.Array, dim: int) -> int:
         return 1
     names = (axis,) if isinstance(axis, str) else axis
     return math.prod(sharding.mesh.shape[name] for name in names)
-
-
-def groups_per_shard(matrix: jax.Array, shards: int) -> jax.Array:
-    """Repeats the groups of a (batch, length, groups, state) array that several shards of the channels or heads need.
-
-    Then each shard has its own. A single group serves all shards and stays as it is.
-    """
-    groups = matrix.shape[2]
-    if groups == 1 or groups % shards == 0:
-        return matrix
-    return jnp.repeat(matrix, math.lcm(groups, shards) // groups, axis=2)
 
 
 def vary_like(array: jax.Array, like: jax.Array) -> jax.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +12,8 @@ REAL_OR_COMPLEX = (jnp.floating, jnp.complexfloating)
 INTEGER = (jnp.integer,)
 
 _KIND_NAMES = {jnp.floating: "floating-point", jnp.complexfloating: "complex", jnp.integer: "integer"}
+
+_KINDS = {"segment_ids": INTEGER}
 
 
 class Checker:
@@ -40,6 +44,28 @@ class Checker:
                     f"{name} must be ({', '.join(dims)}) with {dim} {self._sizes[dim]} as in "
                     f"{self._fixed_by[dim]}, got shape {array.shape}"
                 )
+
+    def arrays(
+        self,
+        arrays: Mapping[str, jax.Array | None],
+        dims: Mapping[str, tuple[str, ...]],
+        kinds: Mapping[str, tuple[type, ...]] = _KINDS,
+    ) -> None:
+        """Checks the arrays that there are, in their order, against the dimensions and kinds of the same names."""
+        for name, array in arrays.items():
+            if array is not None:
+                self(name, array, dims[name], kinds.get(name, REAL))
+
+    def multiple(self, dim: str, of: str) -> None:
+        """Raises a ValueError unless the size of one dimension is a multiple of another's."""
+        size, unit = self._sizes[dim], self._sizes[of]
+        if size % unit:
+            raise self.error(f"{dim} must be a multiple of {of}, got {size} {dim} and {unit} {of}")
+
+    def optional_size(self, name: str, size: int | None) -> None:
+        """Raises a ValueError unless a size is None or a number from 1."""
+        if size is not None and size < 1:
+            raise self.error(f"{name} must be None or at least 1, got {size}")
 
     def fix(self, dim: str, size: int, name: str) -> None:
         """Fixes the size of a dimension that follows from an array which does not have it."""

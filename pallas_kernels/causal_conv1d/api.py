@@ -5,15 +5,14 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import implementation as implementations
-from pallas_kernels import sharding
 from pallas_kernels.causal_conv1d import sequence_parallel
 from pallas_kernels.causal_conv1d.inputs import Inputs
-from pallas_kernels.validation import INTEGER, Checker
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.validation import Checker
 
 _TOKEN = ("batch", "length", "channels")
 _STATE = ("batch", "width - 1", "channels")
-_INPUT_DIMS: dict[str, sharding.Dims] = {
+_INPUT_DIMS = {
     "x": _TOKEN,
     "weight": ("width", "channels"),
     "bias": ("channels",),
@@ -66,7 +65,7 @@ def causal_conv1d(
         ValueError: shapes or dtypes do not fit together, or the activation is unknown.
         UnsupportedError: the named implementation cannot run this call.
     """
-    inputs = _canonical("causal_conv1d", x, weight, bias, activation, segment_ids, initial_state)
+    inputs = _canonical("causal_conv1d", Inputs(x, weight, bias, segment_ids, initial_state), activation)
     y, final_state = _run(inputs, activation, implementation)
     return (y, final_state) if return_final_state else y
 
@@ -94,45 +93,31 @@ def causal_conv1d_step(
     Raises:
         ValueError: shapes or dtypes do not fit together, or the activation is unknown.
     """
-    inputs = _canonical("causal_conv1d_step", x[:, None], weight, bias, activation, None, state)
+    inputs = _canonical("causal_conv1d_step", Inputs(x[:, None], weight, bias, None, state), activation)
     y, state = _run(inputs, activation, "xla")
     return y[:, 0], state
 
 
 def _run(inputs: Inputs, activation: str | None, implementation: str | None) -> tuple[jax.Array, jax.Array]:
-    def convolve(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        run = implementations.choose("causal_conv1d", implementation, inputs, activation=activation)
-        return run(inputs, activation=activation)
+    return dispatch(
+        "causal_conv1d",
+        implementation,
+        inputs,
+        _INPUT_DIMS,
+        (_TOKEN, _STATE),
+        along_length=sequence_parallel.causal_conv1d,
+        activation=activation,
+    )
 
-    def convolve_shard(inputs: Inputs, sequence_axis: sharding.Axis | None) -> tuple[jax.Array, jax.Array]:
-        if sequence_axis is None:
-            return convolve(inputs)
-        return sequence_parallel.causal_conv1d(convolve, inputs, sequence_axis)
 
-    return sharding.map_shards(convolve_shard, inputs, _INPUT_DIMS, (_TOKEN, _STATE))
-
-
-def _canonical(
-    operator: str,
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    activation: str | None,
-    segment_ids: jax.Array | None,
-    initial_state: jax.Array | None,
-) -> Inputs:
+def _canonical(operator: str, inputs: Inputs, activation: str | None) -> Inputs:
     """Checks all arguments, casts the state."""
-    check = Checker(operator)
-    check("x", x, _TOKEN)
-    check("weight", weight, ("width", "channels"))
-    if bias is not None:
-        check("bias", bias, ("channels",))
+    check, initial_state = Checker(operator), inputs.initial_state
+    check.arrays(inputs._replace(initial_state=None)._asdict(), _INPUT_DIMS)
     if activation not in _ACTIVATIONS:
         raise check.error(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
-    if segment_ids is not None:
-        check("segment_ids", segment_ids, ("batch", "length"), INTEGER)
-    if initial_state is not None:
-        check.fix("width - 1", weight.shape[0] - 1, "weight")
-        check("initial_state", initial_state, _STATE)
-        initial_state = initial_state.astype(x.dtype)
-    return Inputs(x, weight, bias, segment_ids, initial_state)
+    if initial_state is None:
+        return inputs
+    check.fix("width - 1", inputs.weight.shape[0] - 1, "weight")
+    check("initial_state", initial_state, _STATE)
+    return inputs._replace(initial_state=initial_state.astype(inputs.x.dtype))

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact, Int
 
-from pallas_kernels import implementation as implementations
-from pallas_kernels import sequence_parallel, sharding
+from pallas_kernels import sequence_parallel
+from pallas_kernels.dispatch import dispatch, one_token
 from pallas_kernels.selective_scan.inputs import Inputs
+from pallas_kernels.sharding import Axis, shard_groups
 from pallas_kernels.validation import INTEGER, REAL_OR_COMPLEX, Checker
 
+_Outputs = tuple[jax.Array, jax.Array]
+
 _TOKEN = ("batch", "length", "channels")
+_MATRIX = ("batch", "length", "groups", "state")
 _STATE = ("batch", "channels", "state")
-_OUTPUT_DIMS = (_TOKEN, _STATE)
+_INPUT_DIMS = {
+    "x": _TOKEN,
+    "delta": _TOKEN,
+    "A": ("channels", "state"),
+    "B": _MATRIX,
+    "C": _MATRIX,
+    "D": ("channels",),
+    "z": _TOKEN,
+    "delta_bias": ("channels",),
+    "segment_ids": ("batch", "length"),
+    "initial_state": _STATE,
+}
+_KINDS = {"segment_ids": INTEGER, **dict.fromkeys(("A", "B", "C", "initial_state"), REAL_OR_COMPLEX)}
 
 
 def selective_scan(
@@ -73,7 +91,7 @@ def selective_scan(
         ValueError: shapes or dtypes do not fit together.
         UnsupportedError: the named implementation cannot run this call.
     """
-    inputs = _canonical("selective_scan", x, delta, A, B, C, D, z, delta_bias, segment_ids, initial_state)
+    inputs = _canonical("selective_scan", Inputs(x, delta, A, B, C, D, z, delta_bias, segment_ids, initial_state))
     y, final_state = _run(inputs, delta_softplus, implementation)
     return (y, final_state) if return_final_state else y
 
@@ -111,88 +129,49 @@ def selective_scan_step(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    x, delta, B, C = (array[:, None] for array in (x, delta, B, C))
-    z = None if z is None else z[:, None]
-    inputs = _canonical("selective_scan_step", x, delta, A, B, C, D, z, delta_bias, None, state)
+    x, delta, B, C, z = one_token(x, delta, B, C, z)
+    inputs = _canonical("selective_scan_step", Inputs(x, delta, A, B, C, D, z, delta_bias, None, state))
     y, state = _run(inputs, delta_softplus, "reference")
     return y[:, 0], state
 
 
-def _run(inputs: Inputs, delta_softplus: bool, implementation: str | None) -> tuple[jax.Array, jax.Array]:
-    def scan(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        run = implementations.choose("selective_scan", implementation, inputs, delta_softplus=delta_softplus)
-        return run(inputs, delta_softplus=delta_softplus)
+def _run(inputs: Inputs, delta_softplus: bool, implementation: str | None) -> _Outputs:
+    def along_length(compute: Callable[[Inputs], _Outputs], inputs: Inputs, axis: Axis) -> _Outputs:
+        delta = inputs.step_sizes(delta_softplus=delta_softplus)
+        decay = jnp.exp(jnp.sum(delta, axis=1)[..., None] * inputs.A.astype(inputs.state_dtype))
+        return sequence_parallel.scan(compute, inputs, decay, axis)
 
-    def scan_shard(inputs: Inputs, sequence_axis: sharding.Axis | None) -> tuple[jax.Array, jax.Array]:
-        if sequence_axis is None:
-            return scan(inputs)
-        decay = _decay(inputs, delta_softplus=delta_softplus)
-        return sequence_parallel.scan(scan, inputs, decay, sequence_axis)
-
-    shards = sharding.shard_count(inputs.x, 2)
-    inputs = inputs._replace(
-        B=sharding.groups_per_shard(inputs.B, shards), C=sharding.groups_per_shard(inputs.C, shards)
+    inputs, input_dims = shard_groups(inputs, _INPUT_DIMS, "channels")
+    return dispatch(
+        "selective_scan",
+        implementation,
+        inputs,
+        input_dims,
+        (_TOKEN, _STATE),
+        along_length,
+        delta_softplus=delta_softplus,
     )
-    return sharding.map_shards(scan_shard, inputs, _input_dims(inputs), _OUTPUT_DIMS)
 
 
-def _decay(inputs: Inputs, *, delta_softplus: bool) -> jax.Array:
-    """Returns what a state is multiplied by on its way through all tokens, (batch, channels, state)."""
-    delta = inputs.delta.astype(inputs.real_dtype)
-    if inputs.delta_bias is not None:
-        delta = delta + inputs.delta_bias
-    if delta_softplus:
-        delta = jax.nn.softplus(delta)
-    return jnp.exp(jnp.sum(delta, axis=1)[..., None] * inputs.A.astype(inputs.state_dtype))
-
-
-def _input_dims(inputs: Inputs) -> dict[str, sharding.Dims]:
-    # A single group serves all channels, several are sharded along with theirs.
-    matrix = ("batch", "length", "groups" if inputs.B.shape[2] == 1 else "channels", "state")
-    return {
-        "x": _TOKEN,
-        "delta": _TOKEN,
-        "A": ("channels", "state"),
-        "B": matrix,
-        "C": matrix,
-        "D": ("channels",),
-        "z": _TOKEN,
-        "delta_bias": ("channels",),
-        "segment_ids": ("batch", "length"),
-        "initial_state": _STATE,
-    }
-
-
-def _canonical(operator, x, delta, A, B, C, D, z, delta_bias, segment_ids, initial_state) -> Inputs:
+def _canonical(operator: str, inputs: Inputs) -> Inputs:
     """Checks all arguments, gives B and C their groups, casts the state."""
-    check = Checker(operator)
-    check("x", x, ("batch", "length", "channels"))
-    check("delta", delta, ("batch", "length", "channels"))
-    check("A", A, ("channels", "state"), REAL_OR_COMPLEX)
+    check, A, B, C, initial_state = Checker(operator), inputs.A, inputs.B, inputs.C, inputs.initial_state
+    dims = dict(_INPUT_DIMS)
     for name, array in (("B", B), ("C", C)):
-        dims = ("batch", "length", "state") if array.ndim == 3 else ("batch", "length", "groups", "state")
-        check(name, array, dims, REAL_OR_COMPLEX)
+        if array.ndim == 3:
+            dims[name] = ("batch", "length", "state")
+    check.arrays(inputs._asdict(), dims, _KINDS)
+    for name, array in (("B", B), ("C", C)):
         if jnp.iscomplexobj(array) and not jnp.iscomplexobj(A):
             raise check.error(f"{name} is {array.dtype} but A is {A.dtype}; only a complex A can have a complex {name}")
     if B.ndim != C.ndim:
         raise check.error(f"B and C must have the same shape, got {B.shape} and {C.shape}")
     if B.ndim == 3:
         B, C = B[:, :, None], C[:, :, None]
-    if x.shape[2] % B.shape[2]:
-        raise check.error(f"channels must be a multiple of groups, got {x.shape[2]} channels and {B.shape[2]} groups")
-    if D is not None:
-        check("D", D, ("channels",))
-    if z is not None:
-        check("z", z, ("batch", "length", "channels"))
-    if delta_bias is not None:
-        check("delta_bias", delta_bias, ("channels",))
-    if segment_ids is not None:
-        check("segment_ids", segment_ids, ("batch", "length"), INTEGER)
+    else:
+        check.multiple("channels", "groups")
     if initial_state is not None:
-        check("initial_state", initial_state, ("batch", "channels", "state"), REAL_OR_COMPLEX)
         if jnp.iscomplexobj(initial_state) and not jnp.iscomplexobj(A):
             raise check.error(f"initial_state is {initial_state.dtype} but A is {A.dtype}; give its real part")
-    inputs = Inputs(x, delta, A, B, C, D, z, delta_bias, segment_ids, initial_state)
-    if initial_state is None:
-        return inputs
-    return inputs._replace(initial_state=initial_state.astype(inputs.state_dtype))
+        initial_state = initial_state.astype(inputs.state_dtype)
+    return inputs._replace(B=B, C=C, initial_state=initial_state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact, Int
 
@@ -40,3 +41,10 @@ class Inputs(NamedTuple):
         if jnp.iscomplexobj(self.A):
             return jnp.promote_types(self.real_dtype, jnp.complex64)
         return self.real_dtype
+
+    def step_sizes(self, *, delta_softplus: bool) -> Float[Array, "batch length channels"]:
+        """Returns delta after bias and softplus, in ``real_dtype``."""
+        delta = self.delta.astype(self.real_dtype)
+        if self.delta_bias is not None:
+            delta = delta + self.delta_bias
+        return jax.nn.softplus(delta) if delta_softplus else delta

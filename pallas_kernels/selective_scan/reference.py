@@ -24,14 +24,10 @@ def selective_scan(inputs: Inputs, *, delta_softplus: bool) -> tuple[jax.Array, 
     batch, _, channels = inputs.x.shape
     groups, state = inputs.B.shape[2:]
     x = inputs.x.astype(inputs.real_dtype)
-    delta = inputs.delta.astype(inputs.real_dtype)
+    delta = inputs.step_sizes(delta_softplus=delta_softplus)
     A = inputs.A.astype(inputs.state_dtype)
     B = jnp.repeat(inputs.B.astype(inputs.state_dtype), channels // groups, axis=2)
     C = jnp.repeat(inputs.C.astype(inputs.state_dtype), channels // groups, axis=2)
-    if inputs.delta_bias is not None:
-        delta = delta + inputs.delta_bias
-    if delta_softplus:
-        delta = jax.nn.softplus(delta)
     ids = inputs.segment_ids
     starts = jnp.zeros(x.shape[:2], bool) if ids is None else segment_starts(ids)
     h = inputs.initial_state

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import implementation as implementations
-from pallas_kernels import sequence_parallel, sharding
+from pallas_kernels import sequence_parallel
+from pallas_kernels.dispatch import dispatch, one_token
+from pallas_kernels.sharding import Axis, shard_groups
 from pallas_kernels.ssd.inputs import Inputs
-from pallas_kernels.validation import INTEGER, Checker
+from pallas_kernels.validation import Checker
+
+_Outputs = tuple[jax.Array, jax.Array]
 
 _TOKEN = ("batch", "length", "heads", "head_dim")
 _MATRIX = ("batch", "length", "groups", "state")
 _STATE = ("batch", "heads", "head_dim", "state")
-_OUTPUT_DIMS = (_TOKEN, _STATE)
+_INPUT_DIMS = {
+    "x": _TOKEN,
+    "delta": ("batch", "length", "heads"),
+    "A": ("heads",),
+    "B": _MATRIX,
+    "C": _MATRIX,
+    "D": ("heads", "head_dim"),
+    "z": _TOKEN,
+    "delta_bias": ("heads",),
+    "segment_ids": ("batch", "length"),
+    "initial_state": _STATE,
+}
 
 
 def ssd(
@@ -83,7 +99,7 @@ def ssd(
         ValueError: shapes or dtypes do not fit together, or limits or chunk size make no sense.
         UnsupportedError: the named implementation cannot run this call.
     """
-    inputs = _canonical("ssd", x, delta, A, B, C, D, z, delta_bias, segment_ids, initial_state)
+    inputs = _canonical("ssd", Inputs(x, delta, A, B, C, D, z, delta_bias, segment_ids, initial_state))
     _check_options("ssd", delta_limit, chunk_size)
     options = {"delta_softplus": delta_softplus, "delta_limit": delta_limit, "chunk_size": chunk_size}
     y, final_state = _run(inputs, implementation, **options)
@@ -125,76 +141,35 @@ def ssd_step(
     Raises:
         ValueError: shapes or dtypes do not fit together, or the limits make no sense.
     """
-    x, delta, B, C = (array[:, None] for array in (x, delta, B, C))
-    z = None if z is None else z[:, None]
-    inputs = _canonical("ssd_step", x, delta, A, B, C, D, z, delta_bias, None, state)
+    x, delta, B, C, z = one_token(x, delta, B, C, z)
+    inputs = _canonical("ssd_step", Inputs(x, delta, A, B, C, D, z, delta_bias, None, state))
     _check_options("ssd_step", delta_limit, None)
     options = {"delta_softplus": delta_softplus, "delta_limit": delta_limit, "chunk_size": None}
     y, state = _run(inputs, "reference", **options)
     return y[:, 0], state
 
 
-def _run(inputs: Inputs, implementation: str | None, **options) -> tuple[jax.Array, jax.Array]:
-    def scan(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        return implementations.choose("ssd", implementation, inputs, **options)(inputs, **options)
-
-    def scan_shard(inputs: Inputs, sequence_axis: sharding.Axis | None) -> tuple[jax.Array, jax.Array]:
-        if sequence_axis is None:
-            return scan(inputs)
+def _run(inputs: Inputs, implementation: str | None, **options: Any) -> _Outputs:
+    def along_length(compute: Callable[[Inputs], _Outputs], inputs: Inputs, axis: Axis) -> _Outputs:
         delta = inputs.step_sizes(delta_softplus=options["delta_softplus"], delta_limit=options["delta_limit"])
         decay = jnp.exp(jnp.sum(delta, axis=1) * inputs.A.astype(delta.dtype))[..., None, None]
-        return sequence_parallel.scan(scan, inputs, decay, sequence_axis)
+        return sequence_parallel.scan(compute, inputs, decay, axis)
 
-    shards = sharding.shard_count(inputs.x, 2)
-    inputs = inputs._replace(
-        B=sharding.groups_per_shard(inputs.B, shards), C=sharding.groups_per_shard(inputs.C, shards)
-    )
-    return sharding.map_shards(scan_shard, inputs, _input_dims(inputs), _OUTPUT_DIMS)
+    inputs, input_dims = shard_groups(inputs, _INPUT_DIMS, "heads")
+    return dispatch("ssd", implementation, inputs, input_dims, (_TOKEN, _STATE), along_length, **options)
 
 
-def _input_dims(inputs: Inputs) -> dict[str, sharding.Dims]:
-    # A single group serves all heads, several are sharded along with theirs.
-    matrix = _MATRIX if inputs.B.shape[2] == 1 else ("batch", "length", "heads", "state")
-    return {
-        "x": _TOKEN,
-        "delta": ("batch", "length", "heads"),
-        "A": ("heads",),
-        "B": matrix,
-        "C": matrix,
-        "D": ("heads", "head_dim"),
-        "z": _TOKEN,
-        "delta_bias": ("heads",),
-        "segment_ids": ("batch", "length"),
-        "initial_state": _STATE,
-    }
-
-
-def _canonical(operator, x, delta, A, B, C, D, z, delta_bias, segment_ids, initial_state) -> Inputs:
+def _canonical(operator: str, inputs: Inputs) -> Inputs:
     """Checks all arrays, gives D its channels, casts the state."""
-    check = Checker(operator)
-    check("x", x, _TOKEN)
-    check("delta", delta, ("batch", "length", "heads"))
-    check("A", A, ("heads",))
-    check("B", B, _MATRIX)
-    check("C", C, _MATRIX)
-    heads, groups = x.shape[2], B.shape[2]
-    if heads % groups:
-        raise check.error(f"heads must be a multiple of groups, got {heads} heads and {groups} groups")
+    check, x, D, initial_state = Checker(operator), inputs.x, inputs.D, inputs.initial_state
+    one_a_head = D is not None and D.ndim == 1
+    check.arrays(inputs._asdict(), _INPUT_DIMS | ({"D": ("heads",)} if one_a_head else {}))
+    check.multiple("heads", "groups")
     if D is not None:
-        check("D", D, ("heads",) if D.ndim == 1 else ("heads", "head_dim"))
-        D = jnp.broadcast_to(D[:, None] if D.ndim == 1 else D, x.shape[2:])
-    if z is not None:
-        check("z", z, _TOKEN)
-    if delta_bias is not None:
-        check("delta_bias", delta_bias, ("heads",))
-    if segment_ids is not None:
-        check("segment_ids", segment_ids, ("batch", "length"), INTEGER)
+        D = jnp.broadcast_to(D[:, None] if one_a_head else D, x.shape[2:])
     if initial_state is not None:
-        check("initial_state", initial_state, _STATE)
-    inputs = Inputs(x, delta, A, B, C, D, z, delta_bias, segment_ids, initial_state)
-    if initial_state is None:
-        return inputs
-    return inputs._replace(initial_state=initial_state.astype(inputs.real_dtype))
+        initial_state = initial_state.astype(inputs.real_dtype)
+    return inputs._replace(D=D, initial_state=initial_state)
 
 
 def _check_options(operator: str, delta_limit: tuple[float, float], chunk_size: int | None) -> None:
@@ -202,5 +177,4 @@ def _check_options(operator: str, delta_limit: tuple[float, float], chunk_size: 
     least, largest = delta_limit
     if not 0 <= least <= largest:
         raise check.error(f"delta_limit must be (least, largest) with 0 <= least <= largest, got {delta_limit}")
-    if chunk_size is not None and chunk_size < 1:
-        raise check.error(f"chunk_size must be None or at least 1, got {chunk_size}")
+    check.optional_size("chunk_size", chunk_size)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import implementation as implementations
-from pallas_kernels import sharding
+from pallas_kernels.dispatch import dispatch, one_token
+from pallas_kernels.sharding import shard_groups
 from pallas_kernels.trapezoidal_ssd import sequence_parallel
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs, State
-from pallas_kernels.validation import INTEGER, Checker
+from pallas_kernels.validation import Checker
 
 _TOKEN = ("batch", "length", "heads", "head_dim")
 _PER_HEAD = ("batch", "length", "heads")
@@ -31,6 +32,19 @@ _STATE = {
     "ssm": ("batch", "heads", "head_dim", "state"),
     "B": ("batch", "heads", "rank", "state"),
     "x": ("batch", "heads", "head_dim"),
+}
+_INPUT_DIMS = {
+    "x": _TOKEN,
+    "delta": _PER_HEAD,
+    "A": _PER_HEAD,
+    "B": _MATRIX,
+    "C": _MATRIX,
+    "lambda_": _PER_HEAD,
+    "theta": ("batch", "length", "pairs"),
+    "z": _TOKEN,
+    "segment_ids": ("batch", "length"),
+    **_PARAMETERS,
+    **{f"initial_{name}": dims for name, dims in _STATE.items()},
 }
 
 
@@ -154,8 +168,7 @@ def trapezoidal_ssd_step(
     Raises:
         ValueError: shapes or dtypes do not fit together, or epsilon makes no sense.
     """
-    x, delta, A, B, C, lambda_, theta = (array[:, None] for array in (x, delta, A, B, C, lambda_, theta))
-    z = None if z is None else z[:, None]
+    x, delta, A, B, C, lambda_, theta, z = one_token(x, delta, A, B, C, lambda_, theta, z)
     parameters = (D, delta_bias, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm_weight)
     inputs = _canonical("trapezoidal_ssd_step", x, delta, A, B, C, lambda_, theta, z, parameters, None, state)
     _check_options("trapezoidal_ssd_step", norm_epsilon, None)
@@ -165,61 +178,25 @@ def trapezoidal_ssd_step(
 
 
 def _run(inputs: Inputs, implementation: str | None, **options: Any) -> tuple[jax.Array, State]:
-    def scan(inputs: Inputs) -> tuple[jax.Array, ...]:
-        return implementations.choose("trapezoidal_ssd", implementation, inputs, **options)(inputs, **options)
-
-    def scan_shard(inputs: Inputs, sequence_axis: sharding.Axis | None) -> tuple[jax.Array, ...]:
-        if sequence_axis is None:
-            return scan(inputs)
-        return sequence_parallel.scan(scan, inputs, sequence_axis, delta_softplus=options["delta_softplus"])
-
-    shards = sharding.shard_count(inputs.x, 2)
-    inputs = inputs._replace(
-        B=sharding.groups_per_shard(inputs.B, shards), C=sharding.groups_per_shard(inputs.C, shards)
+    along_length = functools.partial(sequence_parallel.scan, delta_softplus=options["delta_softplus"])
+    inputs, input_dims = shard_groups(inputs, _INPUT_DIMS, "heads")
+    y, *state = dispatch(
+        "trapezoidal_ssd", implementation, inputs, input_dims, (_TOKEN, *_STATE.values()), along_length, **options
     )
-    y, *state = sharding.map_shards(scan_shard, inputs, _input_dims(inputs), (_TOKEN, *_STATE.values()))
     return y, State(*state)
-
-
-def _input_dims(inputs: Inputs) -> dict[str, sharding.Dims]:
-    # A single group serves all heads, several are sharded along with theirs.
-    matrix = _MATRIX if inputs.B.shape[2] == 1 else ("batch", "length", "heads", "rank", "state")
-    return {
-        "x": _TOKEN,
-        "delta": _PER_HEAD,
-        "A": _PER_HEAD,
-        "B": matrix,
-        "C": matrix,
-        "lambda_": _PER_HEAD,
-        "theta": ("batch", "length", "pairs"),
-        "z": _TOKEN,
-        "segment_ids": ("batch", "length"),
-        **_PARAMETERS,
-        **{f"initial_{name}": dims for name, dims in _STATE.items()},
-    }
 
 
 def _canonical(operator, x, delta, A, B, C, lambda_, theta, z, parameters, segment_ids, initial_state) -> Inputs:
     """Checks all arrays, gives D its channels, casts parameters and state, makes the state where there is none."""
     check = Checker(operator)
-    check("x", x, _TOKEN)
-    check("delta", delta, _PER_HEAD)
-    check("A", A, _PER_HEAD)
-    check("B", B, _MATRIX)
-    check("C", C, _MATRIX)
-    heads, groups, state_size = x.shape[2], B.shape[2], B.shape[4]
-    if heads % groups:
-        raise check.error(f"heads must be a multiple of groups, got {heads} heads and {groups} groups")
-    check("lambda_", lambda_, _PER_HEAD)
-    check("theta", theta, ("batch", "length", "pairs"))
-    if theta.shape[2] > state_size // 2:
+    check.arrays({"x": x, "delta": delta, "A": A, "B": B, "C": C, "lambda_": lambda_, "theta": theta}, _INPUT_DIMS)
+    check.multiple("heads", "groups")
+    most_pairs = B.shape[4] // 2
+    if theta.shape[2] > most_pairs:
         raise check.error(
-            f"theta must be of at most {state_size // 2} pairs for a state of {state_size}, got {theta.shape[2]}"
+            f"theta must be of at most {most_pairs} pairs for a state of {B.shape[4]}, got {theta.shape[2]}"
         )
-    if z is not None:
-        check("z", z, _TOKEN)
-    if segment_ids is not None:
-        check("segment_ids", segment_ids, ("batch", "length"), INTEGER)
+    check.arrays({"z": z, "segment_ids": segment_ids}, _INPUT_DIMS)
     cast_parameters = {
         name: _parameter(check, name, array, x) for name, array in zip(_PARAMETERS, parameters, strict=True)
     }
@@ -252,5 +229,4 @@ def _check_options(operator: str, norm_epsilon: float, chunk_size: int | None) -
     check = Checker(operator)
     if norm_epsilon <= 0:
         raise check.error(f"norm_epsilon must be above 0, got {norm_epsilon}")
-    if chunk_size is not None and chunk_size < 1:
-        raise check.error(f"chunk_size must be None or at least 1, got {chunk_size}")
+    check.optional_size("chunk_size", chunk_size)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.ssd.inputs import Inputs
+from tests.pallas_kernels.kernel_results import norms, values_and_gradients, widened
+from tests.pallas_kernels.random_arrays import RandomArrays
 
 OPTIONAL = ("D", "z", "delta_bias", "segment_ids", "initial_state")
 OPTIONS = {"delta_softplus": True, "delta_limit": (0.0, math.inf), "chunk_size": None}
@@ -17,27 +19,20 @@ OPTIONS = {"delta_softplus": True, "delta_limit": (0.0, math.inf), "chunk_size":
 
 def make_inputs(batch, length, heads, head_dim, state, *, groups=1, optional=OPTIONAL, rates=(-6, 4), seed=0):
     """Random inputs; decay rates are e to a power between ``rates``."""
-    random = np.random.default_rng([seed, batch, length, heads, head_dim, state])
-
-    def tokens(*dims):
-        return jnp.asarray(random.normal(size=dims)).astype(jnp.bfloat16)
-
-    def floats(*dims):
-        return jnp.asarray(random.normal(size=dims), jnp.float32)
-
+    random = RandomArrays(seed, batch, length, heads, head_dim, state)
     extra = {
-        "D": floats(heads, head_dim),
-        "z": tokens(batch, length, heads, head_dim),
-        "delta_bias": floats(heads) - 3,
-        "segment_ids": jnp.asarray(np.sort(random.integers(0, 3, size=(batch, length))), jnp.int32),
-        "initial_state": floats(batch, heads, head_dim, state),
+        "D": random.floats(heads, head_dim),
+        "z": random.tokens(batch, length, heads, head_dim),
+        "delta_bias": random.floats(heads) - 3,
+        "segment_ids": random.segment_ids(batch, length),
+        "initial_state": random.floats(batch, heads, head_dim, state),
     }
     return Inputs(
-        x=tokens(batch, length, heads, head_dim),
-        delta=tokens(batch, length, heads),
-        A=jnp.asarray(-np.exp(random.uniform(*rates, size=heads)), jnp.float32),
-        B=tokens(batch, length, groups, state),
-        C=tokens(batch, length, groups, state),
+        x=random.tokens(batch, length, heads, head_dim),
+        delta=random.tokens(batch, length, heads),
+        A=random.decay_rates(heads, powers=rates),
+        B=random.tokens(batch, length, groups, state),
+        C=random.tokens(batch, length, groups, state),
         **{name: array for name, array in extra.items() if name in optional},
     )
 
@@ -73,33 +68,23 @@ def state_shape(inputs):
     return batch, heads, head_dim, inputs.B.shape[3]
 
 
-def values_and_gradients(run, inputs, dy, dstate, **options):
-    """All results by name: y, the final state, and the gradient of every floating-point input."""
-    arrays = {name: a for name, a in inputs._asdict().items() if a is not None and name != "segment_ids"}
-    (y, state), vjp = jax.vjp(lambda a: run(inputs._replace(**a), **OPTIONS | options), arrays)
-    (gradients,) = vjp((dy, dstate))
-    return {"y": y, "final_state": state} | {f"d{name}": gradient for name, gradient in gradients.items()}
-
-
-def expected_and_scales(inputs, dy, dstate, **options):
+def expected_and_scales(inputs, cotangents, **options):
     """The results in float64, and what their errors are measured by: their norm.
 
     A parameter's gradient is a sum over all tokens that may cancel, though its terms err alike. Its error is measured
     by the sum of their sizes.
     """
     with jax.enable_x64(True):
-        tree = (inputs, dy, dstate)
-        wide, dy, dstate = jax.tree.map(lambda a: a.astype(float) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+        wide, cotangents = widened((inputs, cotangents))
         parameters = {name: getattr(wide, name) for name in ("A", "D", "delta_bias") if getattr(wide, name) is not None}
         each = {name: jnp.broadcast_to(a, (*inputs.x.shape[:2], *a.shape)) for name, a in parameters.items()}
-        run = jax.jit(functools.partial(values_and_gradients, definition, **options))
-        results = run(wide._replace(**each), dy, dstate)
+        run = jax.jit(functools.partial(values_and_gradients, definition, **OPTIONS | options))
+        results = run(wide._replace(**each), cotangents)
         sizes = results | {f"d{name}": jnp.sum(jnp.abs(results[f"d{name}"]), axis=(0, 1)) for name in parameters}
         results |= {f"d{name}": jnp.sum(results[f"d{name}"], axis=(0, 1)) for name in parameters}
-        return results, {name: float(jnp.linalg.norm(array)) for name, array in sizes.items()}
+    return results, norms(sizes)
 
 
 def cotangents(inputs):
-    random = np.random.default_rng(0)
-    dy = jnp.asarray(random.normal(size=inputs.x.shape)).astype(inputs.x.dtype)
-    return dy, jnp.asarray(random.normal(size=state_shape(inputs)), jnp.float32)
+    random = RandomArrays(0, dtype=inputs.x.dtype)
+    return random.tokens(*inputs.x.shape), random.floats(*state_shape(inputs))

@@ -14,6 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.implementation import UnsupportedError
 from pallas_kernels.selective_scan import selective_scan, selective_scan_step
+from tests.pallas_kernels.comparison import (
+    assert_close,
+    assert_works_under_vmap_scan_and_checkpoint,
+    exact,
+    relative_error,
+)
 
 IMPLEMENTATIONS = ("reference", "xla")
 
@@ -100,21 +106,6 @@ def scalar(outputs):
 def gradients(inputs, segment_ids, implementation):
     """Gradients of ``scalar`` of the outputs, in the precision of the inputs."""
     return jax.grad(lambda inputs: scalar(scan(inputs, segment_ids, implementation=implementation)))(inputs)
-
-
-def relative_error(actual, expected):
-    actual, expected = (np.asarray(value).astype(complex) for value in (actual, expected))
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-
-
-def exact(inputs):
-    """Inputs of low precision, without further rounding, as NumPy's float64 or complex128."""
-    return {name: np.asarray(value, complex if jnp.iscomplexobj(value) else float) for name, value in inputs.items()}
-
-
-def assert_close(actual, expected, tolerance):
-    for output, truth in zip(actual, expected, strict=True):
-        assert relative_error(output, truth) < tolerance
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -272,19 +263,7 @@ def test_two_runs_are_bit_identical():
 
 def test_works_under_vmap_scan_and_checkpoint():
     inputs, _ = make_inputs(batch=3, length=4, segments=False)
-    inputs = cast(inputs, jnp.float32)
-    expected, expected_gradient = jax.value_and_grad(lambda x: jnp.sum(scan(inputs | {"x": x})[0] ** 2))(inputs["x"])
-
-    @jax.checkpoint
-    def energy(x):
-        return jnp.sum(jax.vmap(lambda x: scan(inputs | {"x": x})[0])(x[None]) ** 2)
-
-    def total(x):
-        return jax.lax.scan(lambda total, _: (total + energy(x), None), 0.0, length=2)[0]
-
-    value, gradient = jax.value_and_grad(total)(inputs["x"])
-    np.testing.assert_allclose(value, 2 * expected, rtol=1e-5)
-    np.testing.assert_allclose(gradient, 2 * expected_gradient, rtol=1e-4, atol=1e-5)
+    assert_works_under_vmap_scan_and_checkpoint(scan, cast(inputs, jnp.float32))
 
 
 def test_works_inside_shard_map_with_shared_parameters():

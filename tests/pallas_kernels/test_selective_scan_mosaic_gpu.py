@@ -10,10 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic_gpu_compat import plgpu
 from pallas_kernels.selective_scan import mosaic_gpu
 from pallas_kernels.selective_scan.inputs import Inputs
 from pallas_kernels.selective_scan.mosaic_gpu import plan
+from tests.pallas_kernels.kernel_results import (
+    VALUES,
+    assert_vmap_is_a_loop,
+    assert_within,
+    norms,
+    run_kernels,
+    values_and_gradients,
+    widened,
+)
+from tests.pallas_kernels.random_arrays import RandomArrays
 
 OPTIONAL = ("D", "z", "delta_bias", "segment_ids", "initial_state")
 BENCHMARK_SHAPES = ((8, 2048, 5120, 16), (8, 2048, 1536, 16), (1, 2048, 1536, 16), (1, 131072, 1536, 16))
@@ -21,27 +30,20 @@ BENCHMARK_SHAPES = ((8, 2048, 5120, 16), (8, 2048, 1536, 16), (1, 2048, 1536, 16
 
 def make_inputs(batch, length, channels, state, *, groups=1, dtype="float32", optional=OPTIONAL, seed=0):
     """Random inputs, with decays from 1 - 1e-6 to less than 1e-30."""
-    random = np.random.default_rng([seed, 0])
-
-    def tokens(*dims):
-        return jnp.asarray(random.normal(size=dims)).astype(dtype)
-
-    def floats(*dims):
-        return jnp.asarray(random.normal(size=dims), jnp.float32)
-
+    random = RandomArrays(seed, 0, dtype=dtype)
     extra = {
-        "D": floats(channels),
-        "z": tokens(batch, length, channels),
-        "delta_bias": floats(channels) - 3,
-        "segment_ids": jnp.asarray(np.sort(random.integers(0, 3, size=(batch, length))), jnp.int32),
-        "initial_state": floats(batch, channels, state),
+        "D": random.floats(channels),
+        "z": random.tokens(batch, length, channels),
+        "delta_bias": random.floats(channels) - 3,
+        "segment_ids": random.segment_ids(batch, length),
+        "initial_state": random.floats(batch, channels, state),
     }
     return Inputs(
-        x=tokens(batch, length, channels),
-        delta=tokens(batch, length, channels),
-        A=jnp.asarray(-np.exp(random.uniform(-9, 5, size=(channels, state))), jnp.float32),
-        B=tokens(batch, length, groups, state),
-        C=tokens(batch, length, groups, state),
+        x=random.tokens(batch, length, channels),
+        delta=random.tokens(batch, length, channels),
+        A=random.decay_rates(channels, state, powers=(-9, 5)),
+        B=random.tokens(batch, length, groups, state),
+        C=random.tokens(batch, length, groups, state),
         **{name: array for name, array in extra.items() if name in optional},
     )
 
@@ -69,50 +71,22 @@ def definition(inputs, *, delta_softplus):
     return (y if inputs.z is None else y * inputs.z / (1 + jnp.exp(-inputs.z))), h
 
 
-def values_and_gradients(run, inputs, dy, dstate, delta_softplus=True):
-    """All results of a scan by name: y, the final state, and the gradient of every floating-point input."""
-    arrays = {name: a for name, a in inputs._asdict().items() if a is not None and name != "segment_ids"}
-    (y, state), vjp = jax.vjp(lambda a: run(inputs._replace(**a), delta_softplus=delta_softplus), arrays)
-    (gradients,) = vjp((dy, dstate))
-    return {"y": y, "final_state": state} | {f"d{name}": gradient for name, gradient in gradients.items()}
-
-
 def cotangents(inputs):
-    random = np.random.default_rng(1)
-    state = (len(inputs.x), *inputs.A.shape)
-    return (
-        jnp.asarray(random.normal(size=inputs.x.shape)).astype(inputs.x.dtype),
-        jnp.asarray(random.normal(size=state), jnp.float32),
-    )
-
-
-def widened(tree):
-    """The same numbers in float64."""
-    return jax.tree.map(lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+    random = RandomArrays(1, dtype=inputs.x.dtype)
+    return random.tokens(*inputs.x.shape), random.floats(len(inputs.x), *inputs.A.shape)
 
 
 def assert_right(inputs, delta_softplus=True, interpret=True):
     """Compares values and gradients with the definition in float64, to the bar of the design."""
-    dy, dstate = cotangents(inputs)
-    run = jax.jit(functools.partial(values_and_gradients, mosaic_gpu.selective_scan, delta_softplus=delta_softplus))
-    if interpret:
-        with plgpu.force_gpu_interpret_mode():
-            results = run(inputs, dy, dstate)
-    else:
-        results = run(inputs, dy, dstate)
-        again = run(inputs, dy, dstate)
-        for name, array in results.items():
-            assert (array == again[name]).all(), f"{name} differs from run to run"
+
+    def compute(run):
+        return functools.partial(values_and_gradients, run, delta_softplus=delta_softplus)
+
+    results = run_kernels(compute(mosaic_gpu.selective_scan), inputs, cotangents(inputs), interpret=interpret)
     with jax.enable_x64(True):
-        run = jax.jit(functools.partial(values_and_gradients, definition, delta_softplus=delta_softplus))
-        expected = run(*widened((inputs, dy, dstate)))
-    rounded = inputs.x.dtype.itemsize == 2
-    for name, array in results.items():
-        wide, reference = np.asarray(array, np.float64), np.asarray(expected[name])
-        error = np.linalg.norm(wide - reference) / np.linalg.norm(reference)
-        is_value = name in ("y", "final_state")
-        bar = (5e-3 if is_value else 1e-2) if rounded else (1e-5 if is_value else 1e-4)
-        assert error <= bar, f"{name}: relative error {error:.1e}, allowed {bar:.0e}"
+        expected = jax.jit(compute(definition))(*widened((inputs, cotangents(inputs))))
+    value_bar, gradient_bar = (5e-3, 1e-2) if inputs.x.dtype.itemsize == 2 else (1e-5, 1e-4)
+    assert_within(lambda name: value_bar if name in VALUES else gradient_bar, results, expected, norms(expected))
 
 
 @pytest.mark.parametrize(
@@ -188,23 +162,8 @@ def test_a_long_sequence_of_few_channels_is_split_into_parts(dims, forward_is_sp
 @pytest.mark.parametrize("shared", [("A", "D", "C"), ("D",)], ids=["parameters and C shared", "A per instance"])
 def test_vmap_is_a_loop(shared):
     instances = [make_inputs(1, 17, 32, 16, optional=("D",), seed=seed) for seed in range(2)]
-    common = {name: getattr(instances[0], name) for name in shared}
-    instances = [one._replace(**common) for one in instances]
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *instances)._replace(**common)
-    axes = Inputs(*(None if array is None else 0 for array in stacked))._replace(**dict.fromkeys(shared))
-
-    def loss_and_gradient(inputs):
-        def loss(inputs):
-            y, state = mosaic_gpu.selective_scan(inputs, delta_softplus=True)
-            return jnp.sum(y) + jnp.sum(state)
-
-        return jax.value_and_grad(loss)(inputs)
-
-    with plgpu.force_gpu_interpret_mode():
-        results = jax.jit(jax.vmap(loss_and_gradient, in_axes=(axes,)))(stacked)
-        run = jax.jit(loss_and_gradient)
-        expected = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[run(one) for one in instances])
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), results, expected)
+    scan = functools.partial(mosaic_gpu.selective_scan, delta_softplus=True)
+    assert_vmap_is_a_loop(scan, instances, shared, rtol=1e-5, atol=1e-6)
 
 
 def lower_with_gradient(dims, dtype, groups=1):
@@ -217,8 +176,8 @@ def lower_with_gradient(dims, dtype, groups=1):
     parameter = array(channels, dtype="float32")
     inputs = Inputs(token, token, array(channels, state, dtype="float32"), matrix, matrix, parameter, token, parameter)
     state_type = array(batch, channels, state, dtype="float32")
-    run = functools.partial(values_and_gradients, mosaic_gpu.selective_scan)
-    return jax.jit(run).trace(inputs, token, state_type).lower(lowering_platforms=("cuda",)).as_text()
+    run = functools.partial(values_and_gradients, mosaic_gpu.selective_scan, delta_softplus=True)
+    return jax.jit(run).trace(inputs, (token, state_type)).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("dims", BENCHMARK_SHAPES, ids=str)

@@ -15,6 +15,13 @@ from hypothesis import strategies as st
 from pallas_kernels.implementation import UnsupportedError
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.ssd import ssd, ssd_step
+from tests.pallas_kernels.comparison import (
+    assert_close,
+    assert_works_under_vmap_scan_and_checkpoint,
+    exact,
+    relative_error,
+    weighted_sum,
+)
 
 IMPLEMENTATIONS = ("reference", "xla")
 SEQUENCES = ("x", "delta", "B", "C", "z")
@@ -74,11 +81,6 @@ def cast(inputs, dtype):
     }
 
 
-def exact(inputs):
-    """Inputs of low precision, without further rounding, as NumPy's float64."""
-    return {name: np.asarray(value, float) for name, value in inputs.items()}
-
-
 _OPTIONS = ("implementation", "chunk_size", "delta_limit", "delta_softplus")
 
 
@@ -87,26 +89,10 @@ def run(inputs, segment_ids=None, **options):
     return ssd(**inputs, segment_ids=segment_ids, **{"delta_softplus": True, "return_final_state": True} | options)
 
 
-def scalar(outputs):
-    """A loss that weighs every output differently."""
-    weights = (np.random.default_rng(seed).normal(size=output.shape) for seed, output in enumerate(outputs))
-    return sum(jnp.sum(weight * output) for weight, output in zip(weights, outputs, strict=True))
-
-
 @functools.partial(jax.jit, static_argnames=_OPTIONS)
 def gradients(inputs, segment_ids, **options):
-    """Gradients of ``scalar`` of the outputs, in the precision of the inputs."""
-    return jax.grad(lambda inputs: scalar(run(inputs, segment_ids, **options)))(inputs)
-
-
-def relative_error(actual, expected):
-    actual, expected = (np.asarray(value).astype(float) for value in (actual, expected))
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-
-
-def assert_close(actual, expected, tolerance):
-    for output, truth in zip(actual, expected, strict=True):
-        assert relative_error(output, truth) < tolerance
+    """Gradients of ``weighted_sum`` of the outputs, in the precision of the inputs."""
+    return jax.grad(lambda inputs: weighted_sum(run(inputs, segment_ids, **options)))(inputs)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -171,7 +157,9 @@ def test_gradients_of_the_reference_are_the_slopes_of_the_loop(D_per_channel):
         for name, value in inputs.items():
             direction = np.random.default_rng(1).normal(size=value.shape)
             ends = [
-                scalar(loop(**inputs | {name: value + step * direction}, segment_ids=segment_ids, delta_limit=limit))
+                weighted_sum(
+                    loop(**inputs | {name: value + step * direction}, segment_ids=segment_ids, delta_limit=limit)
+                )
                 for step in (1e-6, -1e-6)
             ]
             np.testing.assert_allclose(np.sum(gradient[name] * direction), (ends[0] - ends[1]) / 2e-6, rtol=1e-5)
@@ -320,19 +308,7 @@ def test_two_runs_are_bit_identical():
 
 def test_works_under_vmap_scan_and_checkpoint():
     inputs, _ = make_inputs(batch=3, length=4, segments=False)
-    inputs = cast(inputs, jnp.float32)
-    expected, expected_gradient = jax.value_and_grad(lambda x: jnp.sum(run(inputs | {"x": x})[0] ** 2))(inputs["x"])
-
-    @jax.checkpoint
-    def energy(x):
-        return jnp.sum(jax.vmap(lambda x: run(inputs | {"x": x})[0])(x[None]) ** 2)
-
-    def total(x):
-        return jax.lax.scan(lambda total, _: (total + energy(x), None), 0.0, length=2)[0]
-
-    value, gradient = jax.value_and_grad(total)(inputs["x"])
-    np.testing.assert_allclose(value, 2 * expected, rtol=1e-5)
-    np.testing.assert_allclose(gradient, 2 * expected_gradient, rtol=1e-4, atol=1e-5)
+    assert_works_under_vmap_scan_and_checkpoint(run, cast(inputs, jnp.float32))
 
 
 def test_mistakes_name_the_argument_and_what_would_fit(no_shape_checks):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import types
 
 import jax
 import jax.numpy as jnp
@@ -17,34 +16,25 @@ from pallas_kernels.selective_scan.inputs import Inputs as SelectiveScanInputs
 from pallas_kernels.ssd import mosaic_gpu
 from pallas_kernels.ssd.inputs import Inputs
 from pallas_kernels.ssd.mosaic_gpu import call, plan, tokens
-from tests.pallas_kernels.ssd_definition import (
-    OPTIONS,
-    cotangents,
-    expected_and_scales,
-    make_inputs,
+from tests.pallas_kernels.kernel_results import (
+    VALUES,
+    assert_vmap_is_a_loop,
+    assert_within,
+    run_kernels,
     values_and_gradients,
 )
+from tests.pallas_kernels.refusals import RefusalContract
+from tests.pallas_kernels.ssd_definition import OPTIONS, cotangents, expected_and_scales, make_inputs
 
 BENCHMARK_SHAPES = ((8, 2048, 80, 64, 128), (8, 2048, 24, 64, 128), (1, 131072, 24, 64, 128))
 
 
 def assert_right(inputs, *, interpret=True, **options):
     """Compares values and gradients with the definition in float64, to the bar of the design."""
-    dy, dstate = cotangents(inputs)
-    run = jax.jit(functools.partial(values_and_gradients, mosaic_gpu.ssd, **options))
-    if interpret:
-        with plgpu.force_gpu_interpret_mode():
-            results = run(inputs, dy, dstate)
-    else:
-        results = run(inputs, dy, dstate)
-        again = run(inputs, dy, dstate)
-        for name, array in results.items():
-            assert (array == again[name]).all(), f"{name} differs from run to run"
-    expected, scales = expected_and_scales(inputs, dy, dstate, **options)
-    for name, array in results.items():
-        bar = 5e-3 if name in ("y", "final_state") else 1e-2
-        error = np.linalg.norm(np.asarray(array, np.float64) - np.asarray(expected[name])) / scales[name]
-        assert error <= bar, f"{name}: relative error {error:.1e}, allowed {bar:.0e}"
+    run = functools.partial(values_and_gradients, mosaic_gpu.ssd, **OPTIONS | options)
+    results = run_kernels(run, inputs, cotangents(inputs), interpret=interpret)
+    expected = expected_and_scales(inputs, cotangents(inputs), **options)
+    assert_within(lambda name: 5e-3 if name in VALUES else 1e-2, results, *expected)
 
 
 @pytest.fixture
@@ -130,26 +120,8 @@ def test_sums_of_decays_are_rounded_once():
 @pytest.mark.slow
 def test_vmap_is_a_loop():
     instances = [make_inputs(1, 20, 1, 16, 8, optional=("D",), seed=seed) for seed in range(2)]
-    instances[1] = instances[1]._replace(D=instances[0].D)
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *instances)._replace(D=instances[0].D)
-    axes = Inputs(*(None if array is None else 0 for array in stacked))._replace(D=None)
-
-    def loss_and_gradient(inputs):
-        def loss(inputs):
-            y, state = mosaic_gpu.ssd(inputs, **OPTIONS)
-            return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
-
-        return jax.value_and_grad(loss)(inputs)
-
-    with plgpu.force_gpu_interpret_mode():
-        results = jax.jit(jax.vmap(loss_and_gradient, in_axes=(axes,)))(stacked)
-        run = jax.jit(loss_and_gradient)
-        expected = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[run(one) for one in instances])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=1e-2, atol=1e-5),
-        results,
-        expected,
-    )
+    run = functools.partial(mosaic_gpu.ssd, **OPTIONS)
+    assert_vmap_is_a_loop(run, instances, ("D",), rtol=1e-2, atol=1e-5)
 
 
 def lower_with_gradient(dims, groups=1):
@@ -163,8 +135,8 @@ def lower_with_gradient(dims, groups=1):
     D = array(heads, head_dim, dtype=jnp.float32)
     inputs = Inputs(token, array(batch, length, heads), per_head, matrix, matrix, D, None, per_head)
     state_type = array(batch, heads, head_dim, state, dtype=jnp.float32)
-    run = functools.partial(values_and_gradients, mosaic_gpu.ssd)
-    return jax.jit(run).trace(inputs, token, state_type).lower(lowering_platforms=("cuda",)).as_text()
+    run = functools.partial(values_and_gradients, mosaic_gpu.ssd, **OPTIONS)
+    return jax.jit(run).trace(inputs, (token, state_type)).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("dims", BENCHMARK_SHAPES, ids=str)
@@ -206,36 +178,15 @@ def test_one_state_a_chunk_is_saved_in_16_bits():
     assert tokens.shape == (2, 32, 3, 3, 64)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda i: i._replace(x=i.x.astype(jnp.float32)), "x is float32; implementation='xla'"),
-        (lambda i: i._replace(C=i.C.astype(jnp.float16)), "C is float16"),
-        (lambda i: i._replace(B=jnp.zeros((1, 4, 1, 300), jnp.bfloat16)), "state must be at most 256, got 300"),
-    ],
-)
-def test_what_the_kernels_cannot_do_is_named(change, message, no_shape_checks):
-    reason = mosaic_gpu.unsupported_reason(change(make_inputs(1, 4, 1, 8, 4)), **OPTIONS)
-    assert reason is not None
-    assert message in reason
+class TestRefusals(RefusalContract):
+    kernels, options = mosaic_gpu, OPTIONS
 
+    def inputs(self):
+        return make_inputs(1, 4, 1, 8, 4)
 
-def test_other_chunk_sizes_are_left_to_xla():
-    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS | {"chunk_size": 32})
-    assert reason == "chunk_size must be None or 64, got 32; implementation='xla' takes any"
-
-
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-def test_a_cpu_is_named_as_what_is_missing():
-    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS)
-    assert reason == "it needs an NVIDIA GPU, the default device is a cpu"
-
-
-def test_gpus_without_matrix_instructions_of_warpgroups_are_named(monkeypatch):
-    device = types.SimpleNamespace(platform="gpu", compute_capability="10.0", device_kind="NVIDIA B200")
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS)
-    assert reason == "it needs compute capability 9.0 (Hopper), NVIDIA B200 has 10.0"
+    def test_larger_states_are_left_to_xla(self, no_shape_checks):
+        inputs = self.inputs()._replace(B=jnp.zeros((1, 4, 1, 300), jnp.bfloat16))
+        assert self.reason(inputs=inputs) == "state must be at most 256, got 300; implementation='xla' takes any"
 
 
 @pytest.mark.gpu

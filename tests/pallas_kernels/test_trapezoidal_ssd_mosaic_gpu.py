@@ -10,11 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic_gpu_compat import plgpu
 from pallas_kernels.ssd.mosaic_gpu import plan as ssd_plan
 from pallas_kernels.trapezoidal_ssd import mosaic_gpu, reference
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
 from pallas_kernels.trapezoidal_ssd.mosaic_gpu import plan
+from tests.pallas_kernels.kernel_results import (
+    assert_vmap_is_a_loop,
+    assert_within,
+    norms,
+    run_kernels,
+    values_and_gradients,
+    widened,
+)
+from tests.pallas_kernels.random_arrays import RandomArrays
+from tests.pallas_kernels.refusals import RefusalContract
 
 BENCHMARK_SHAPES = ((8, 2048, 80, 64, 128), (8, 2048, 24, 64, 128), (1, 131072, 24, 64, 128))
 OPTIONS = {"delta_softplus": True, "norm_epsilon": 1e-5, "chunk_size": None}
@@ -28,15 +37,9 @@ def make_inputs(
     batch, length, heads, head_dim, state, *, groups=1, rank=1, pairs=None, optional=WITHOUT_NORM, rate=2.0, seed=0
 ):
     """Random inputs, with the optional ones that are named; decay rates are e to some multiple of ``rate``."""
-    random = np.random.default_rng([seed, batch, length, heads, head_dim, state])
+    random = RandomArrays(seed, batch, length, heads, head_dim, state)
+    tokens, floats = random.tokens, random.floats
     pairs = state // 4 if pairs is None else pairs
-
-    def tokens(*dims):
-        return jnp.asarray(random.normal(size=dims)).astype(jnp.bfloat16)
-
-    def floats(*dims):
-        return jnp.asarray(random.normal(size=dims), jnp.float32)
-
     extra = {
         "D": floats(heads, head_dim),
         "z": tokens(batch, length, heads, head_dim),
@@ -44,7 +47,7 @@ def make_inputs(
         **{name: floats(heads, rank, state) for name in ("B_bias", "C_bias")},
         **{name: floats(heads, rank, head_dim) if rank > 1 else None for name in ("mimo_x", "mimo_z", "mimo_o")},
         "norm_weight": floats(heads, head_dim),
-        "segment_ids": jnp.asarray(np.sort(random.integers(0, 3, size=(batch, length))), jnp.int32),
+        "segment_ids": random.segment_ids(batch, length),
     }
     return Inputs(
         x=tokens(batch, length, heads, head_dim),
@@ -52,7 +55,7 @@ def make_inputs(
         A=-jnp.exp(rate * floats(batch, length, heads)),
         B=tokens(batch, length, groups, rank, state),
         C=tokens(batch, length, groups, rank, state),
-        lambda_=jnp.asarray(random.uniform(size=(batch, length, heads)), jnp.float32),
+        lambda_=random.uniform(batch, length, heads),
         theta=2 * floats(batch, length, pairs),
         **{name: array if name in optional else None for name, array in extra.items()},
         initial_ssm=floats(batch, heads, head_dim, state),
@@ -62,17 +65,14 @@ def make_inputs(
 
 
 def cotangents(inputs):
-    random = np.random.default_rng(0)
-    like = (inputs.x, inputs.initial_ssm, inputs.initial_B, inputs.initial_x)
-    return tuple(jnp.asarray(random.normal(size=a.shape)).astype(a.dtype) for a in like)
+    random = RandomArrays(0, dtype=inputs.x.dtype)
+    state = (inputs.initial_ssm, inputs.initial_B, inputs.initial_x)
+    return random.tokens(*inputs.x.shape), *(random.floats(*part.shape) for part in state)
 
 
-def values_and_gradients(run, inputs, seeds, **options):
-    """All results by name: y, the final state, and the gradient of every floating-point input."""
-    arrays = {name: a for name, a in inputs._asdict().items() if a is not None and name != "segment_ids"}
-    results, vjp = jax.vjp(lambda a: run(inputs._replace(**a), **OPTIONS | options), arrays)
-    gradients = vjp(tuple(seed.astype(result.dtype) for seed, result in zip(seeds, results, strict=True)))[0]
-    return dict(zip(RESULTS, results, strict=True)) | {f"d{name}": gradient for name, gradient in gradients.items()}
+def compute(run, **options):
+    """Returns a function of inputs and cotangents that computes all results by name."""
+    return functools.partial(values_and_gradients, run, values=RESULTS, **OPTIONS | options)
 
 
 def expected_and_scales(inputs, seeds, **options):
@@ -82,14 +82,11 @@ def expected_and_scales(inputs, seeds, **options):
     Its error is measured by the sum of their sizes.
     """
     with jax.enable_x64(True):
-        tree = (inputs, seeds)
-        wide, seeds = jax.tree.map(lambda a: a.astype(float) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
-        run = jax.jit(functools.partial(values_and_gradients, reference.trapezoidal_ssd, **options))
-        results = run(wide, seeds)
+        results = jax.jit(compute(reference.trapezoidal_ssd, **options))(*widened((inputs, seeds)))
         sizes = dict(results)
         if "ddelta_bias" in results:
             sizes["ddelta_bias"] = jnp.sum(jnp.abs(results["ddelta"]), axis=(0, 1))
-        return results, {name: float(jnp.linalg.norm(array)) for name, array in sizes.items()}
+    return results, norms(sizes)
 
 
 def assert_right(inputs, *, interpret=True, **options):
@@ -101,20 +98,9 @@ def assert_right(inputs, *, interpret=True, **options):
     """
     slack = 1 if inputs.norm_weight is None and inputs.mimo_o is None else 2
     seeds = cotangents(inputs)
-    run = jax.jit(functools.partial(values_and_gradients, mosaic_gpu.trapezoidal_ssd, **options))
-    if interpret:
-        with plgpu.force_gpu_interpret_mode():
-            results = run(inputs, seeds)
-    else:
-        results = run(inputs, seeds)
-        again = run(inputs, seeds)
-        for name, array in results.items():
-            assert (array == again[name]).all(), f"{name} differs from run to run"
-    expected, scales = expected_and_scales(inputs, seeds, **options)
-    for name, array in results.items():
-        bar = slack * (5e-3 if name in RESULTS else 1e-2)
-        error = np.linalg.norm(np.asarray(array, np.float64) - np.asarray(expected[name])) / scales[name]
-        assert error <= bar, f"{name}: relative error {error:.1e}, allowed {bar:.0e}"
+    results = run_kernels(compute(mosaic_gpu.trapezoidal_ssd, **options), inputs, seeds, interpret=interpret)
+    expected = expected_and_scales(inputs, seeds, **options)
+    assert_within(lambda name: slack * (5e-3 if name in RESULTS else 1e-2), results, *expected)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +125,6 @@ def test_parts_of_a_long_sequence_join_to_the_whole(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_heads_share_a_block_where_there_are_many(monkeypatch):
     monkeypatch.setattr(plan, "MULTIPROCESSORS", 1)
     inputs = make_inputs(1, 70, 8, 16, 8, groups=2, optional=("B_bias", "C_bias"))
@@ -148,28 +133,11 @@ def test_heads_share_a_block_where_there_are_many(monkeypatch):
     assert_right(inputs, interpret=True)
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop():
     instances = [make_inputs(1, 20, 2, 16, 8, optional=("B_bias", "C_bias"), seed=seed) for seed in range(2)]
-    shared = {"C_bias": instances[0].C_bias}
-    instances = [one._replace(**shared) for one in instances]
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *instances)._replace(**shared)
-    axes = Inputs(*(None if array is None else 0 for array in stacked))._replace(C_bias=None)
-
-    def loss_and_gradient(inputs):
-        def loss(inputs):
-            return sum(jnp.sum(array.astype(jnp.float32)) for array in mosaic_gpu.trapezoidal_ssd(inputs, **OPTIONS))
-
-        return jax.value_and_grad(loss)(inputs)
-
-    with plgpu.force_gpu_interpret_mode():
-        results = jax.jit(jax.vmap(loss_and_gradient, in_axes=(axes,)))(stacked)
-        run = jax.jit(loss_and_gradient)
-        expected = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[run(one) for one in instances])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=1e-2, atol=1e-4),
-        results,
-        expected,
-    )
+    run = functools.partial(mosaic_gpu.trapezoidal_ssd, **OPTIONS)
+    assert_vmap_is_a_loop(run, instances, ("C_bias",), rtol=1e-2, atol=1e-4)
 
 
 def lower_with_gradient(dims, rank=1, groups=1, pairs=None):
@@ -194,8 +162,9 @@ def lower_with_gradient(dims, rank=1, groups=1, pairs=None):
     }
     inputs = Inputs(**inputs)
     seeds = (inputs.x, inputs.initial_ssm, inputs.initial_B, inputs.initial_x)
-    run = functools.partial(values_and_gradients, mosaic_gpu.trapezoidal_ssd)
-    return jax.jit(run).trace(inputs, seeds).lower(lowering_platforms=("cuda",)).as_text()
+    return (
+        jax.jit(compute(mosaic_gpu.trapezoidal_ssd)).trace(inputs, seeds).lower(lowering_platforms=("cuda",)).as_text()
+    )
 
 
 @pytest.mark.parametrize("dims", BENCHMARK_SHAPES, ids=str)
@@ -212,30 +181,20 @@ def test_other_sizes_lower_for_cuda(head_dim, state, options):
     assert "mosaic_gpu" in lower_with_gradient((2, 1000, 4, head_dim, state), **options)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda i: i._replace(x=i.x.astype(jnp.float32)), "x is float32; implementation='xla'"),
-        (lambda i: i._replace(C=i.C.astype(jnp.float16)), "C is float16"),
-        (lambda i: i._replace(B=jnp.zeros((1, 4, 1, 1, 194), jnp.bfloat16)), "state must be at most 192, got 194"),
-        (lambda i: i._replace(B=jnp.zeros((1, 4, 1, 65, 8), jnp.bfloat16)), "rank must be at most 64, got 65"),
-    ],
-)
-def test_what_the_kernels_cannot_do_is_named(change, message, no_shape_checks):
-    reason = mosaic_gpu.unsupported_reason(change(make_inputs(1, 4, 1, 8, 4)), **OPTIONS)
-    assert reason is not None
-    assert message in reason
+class TestRefusals(RefusalContract):
+    kernels, options = mosaic_gpu, OPTIONS
 
+    def inputs(self):
+        return make_inputs(1, 4, 1, 8, 4)
 
-def test_other_chunk_sizes_are_left_to_xla():
-    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS | {"chunk_size": 32})
-    assert reason == "chunk_size must be None or 64, got 32; implementation='xla' takes any"
-
-
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-def test_a_cpu_is_named_as_what_is_missing():
-    reason = mosaic_gpu.unsupported_reason(make_inputs(1, 4, 1, 8, 4), **OPTIONS)
-    assert reason == "it needs an NVIDIA GPU, the default device is a cpu"
+    @pytest.mark.parametrize(
+        ("dims", "message"),
+        [((1, 194), "state must be at most 192, got 194"), ((65, 8), "rank must be at most 64, got 65")],
+        ids=["state", "rank"],
+    )
+    def test_larger_states_and_ranks_are_left_to_xla(self, dims, message, no_shape_checks):
+        inputs = self.inputs()._replace(B=jnp.zeros((1, 4, 1, *dims), jnp.bfloat16))
+        assert self.reason(inputs=inputs) == f"{message}; implementation='xla' takes any"
 
 
 @pytest.mark.gpu

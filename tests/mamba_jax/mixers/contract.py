@@ -155,3 +155,21 @@ class MixerContract:
         if "fsdp" in sizes or "tensor" in sizes:
             assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(mixer))
         assert_trees_close(actual, expected, 1e-4)
+
+
+class MixerWithHeadsContract(MixerContract):
+    """The same for a mixer whose channels come in heads, ``head_dim`` each, and these in groups."""
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({}, "head_dim = 64 cannot be used: it must divide 32 channels"),
+            ({"head_dim": 4, "groups": 3}, "groups = 3 cannot be used: it must divide 8 heads"),
+        ],
+        ids=["heads", "groups"],
+    )
+    def test_heads_that_do_not_fit_the_width_are_a_mistake(self, settings, message):
+        config_type = type(self.config)
+        name = config_type.__name__.removesuffix("Config")
+        with pytest.raises(ValueError, match=rf"{name}\.{message}"):
+            config_type(**settings).build(16, num_layers=1, compute_dtype=jnp.float32, rngs=nnx.Rngs(0))

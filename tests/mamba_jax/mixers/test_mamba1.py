@@ -6,6 +6,7 @@ from flax import nnx
 
 from mamba_jax.mixers.mamba1 import Mamba1, Mamba1Config
 from tests.mamba_jax.mixers.contract import MixerContract
+from tests.mamba_jax.mixers.distributions import assert_log_uniform, assert_uniform
 
 
 class TestMamba1(MixerContract):
@@ -29,13 +30,7 @@ def mixer() -> Mamba1:
 
 
 def test_step_sizes_start_log_uniform_between_their_bounds(mixer):
-    delta = np.asarray(jax.nn.softplus(mixer.dt_bias[...]), np.float64)
-    assert delta.min() >= 1e-3 * (1 - 1e-4)
-    assert delta.max() <= 0.1 * (1 + 1e-4)
-    # Log-uniform over two decades: half of the channels below the geometric mean, spread like a uniform one.
-    logarithm = np.log10(delta)
-    assert logarithm.mean() == pytest.approx(-2, abs=0.12)
-    assert logarithm.std() == pytest.approx(2 / np.sqrt(12), abs=0.06)
+    assert_log_uniform(jax.nn.softplus(mixer.dt_bias[...]), 1e-3, 0.1)
 
 
 def test_step_sizes_start_no_lower_than_the_floor():
@@ -56,9 +51,7 @@ def test_projections_start_uniform_within_their_fan_in(mixer):
         (mixer.conv_weight, 4**-0.5),
         (mixer.out_proj.weight, 512**-0.5 / 3),
     ]:
-        largest = float(jnp.max(jnp.abs(weight[...])))
-        assert 0.95 * bound < largest <= bound
-        assert float(jnp.std(weight[...])) == pytest.approx(bound / np.sqrt(3), rel=0.06)
+        assert_uniform(weight[...], -bound, bound)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ from flax import nnx
 
 from mamba_jax.mixers.mamba2 import Mamba2, Mamba2Config
 from pallas_kernels.ssd import ssd
-from tests.mamba_jax.mixers.contract import MixerContract
+from tests.mamba_jax.mixers.contract import MixerContract, MixerWithHeadsContract
+from tests.mamba_jax.mixers.distributions import assert_log_uniform, assert_uniform
 
 
-class TestMamba2(MixerContract):
+class TestMamba2(MixerWithHeadsContract):
     config = Mamba2Config(state_size=6, head_dim=4)
 
 
@@ -35,20 +36,11 @@ def mixer() -> Mamba2:
 
 
 def test_step_sizes_start_log_uniform_between_their_bounds(mixer):
-    delta = np.asarray(jax.nn.softplus(mixer.dt_bias[...]), np.float64)
-    assert delta.min() >= 1e-3 * (1 - 1e-4)
-    assert delta.max() <= 0.1 * (1 + 1e-4)
-    logarithm = np.log10(delta)
-    assert logarithm.mean() == pytest.approx(-2, abs=0.15)
-    assert logarithm.std() == pytest.approx(2 / np.sqrt(12), abs=0.08)
+    assert_log_uniform(jax.nn.softplus(mixer.dt_bias[...]), 1e-3, 0.1)
 
 
 def test_decay_rates_start_uniform_between_1_and_16(mixer):
-    rate = np.exp(np.asarray(mixer.A_log[...], np.float64))
-    assert 1 - 1e-5 <= rate.min() < 1.5
-    assert rate.max() <= 16 * (1 + 1e-5)
-    assert rate.mean() == pytest.approx(8.5, abs=1.1)
-    assert rate.std() == pytest.approx(15 / np.sqrt(12), abs=0.6)
+    assert_uniform(np.exp(np.asarray(mixer.A_log[...], np.float64)), 1, 16, rounding=1e-5)
 
 
 def test_skip_and_norm_start_at_one(mixer):
@@ -64,9 +56,7 @@ def test_projections_start_uniform_within_their_fan_in(mixer):
         (mixer.conv_x.weight, 4**-0.5),
         (mixer.out_proj.weight, 1024**-0.5 / 3),
     ]:
-        largest = float(jnp.max(jnp.abs(weight[...])))
-        assert 0.95 * bound < largest <= bound
-        assert float(jnp.std(weight[...])) == pytest.approx(bound / np.sqrt(3), rel=0.06)
+        assert_uniform(weight[...], -bound, bound)
 
 
 def test_weight_decay_spares_what_sets_time_scales_and_norms(mixer):
@@ -94,18 +84,6 @@ def test_weight_decay_spares_what_sets_time_scales_and_norms(mixer):
 def test_settings_that_cannot_be_used_are_named(field, value):
     with pytest.raises(ValueError, match=rf"Mamba2\.{field} = {value}"):
         Mamba2Config(**{field: value})
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (Mamba2Config(), r"Mamba2\.head_dim = 64 cannot be used: it must divide 32 channels"),
-        (Mamba2Config(head_dim=4, groups=3), r"Mamba2\.groups = 3 cannot be used: it must divide 8 heads"),
-    ],
-)
-def test_heads_that_do_not_fit_the_width_are_a_mistake(config, message):
-    with pytest.raises(ValueError, match=message):
-        config.build(16, num_layers=1, compute_dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
 def test_its_selection_is_what_it_scans():

@@ -6,10 +6,11 @@ from flax import nnx
 
 from mamba_jax.mixers.mamba3 import Mamba3, Mamba3Config, heavy_tail
 from mamba_jax.mixers.selective import FROZEN
-from tests.mamba_jax.mixers.contract import MixerContract, apply, relative_error
+from tests.mamba_jax.mixers.contract import MixerContract, MixerWithHeadsContract, apply, relative_error
+from tests.mamba_jax.mixers.distributions import assert_log_uniform, assert_uniform
 
 
-class TestMamba3(MixerContract):
+class TestMamba3(MixerWithHeadsContract):
     config = Mamba3Config(state_size=8, head_dim=4)
 
 
@@ -144,12 +145,7 @@ def mixer() -> Mamba3:
 
 
 def test_step_sizes_start_log_uniform_between_their_bounds(mixer):
-    delta = np.asarray(jax.nn.softplus(mixer.dt_bias[...]), np.float64)
-    assert delta.min() >= 1e-3 * (1 - 1e-4)
-    assert delta.max() <= 0.1 * (1 + 1e-4)
-    logarithm = np.log10(delta)
-    assert logarithm.mean() == pytest.approx(-2, abs=0.15)
-    assert logarithm.std() == pytest.approx(2 / np.sqrt(12), abs=0.08)
+    assert_log_uniform(jax.nn.softplus(mixer.dt_bias[...]), 1e-3, 0.1)
 
 
 def test_biases_skip_norms_and_gates_start_at_one_and_ranks_share_the_input(mixer):
@@ -167,9 +163,7 @@ def test_projections_start_uniform_within_their_fan_in(mixer):
         (mixer.angle_proj.weight, 512**-0.5),
         (mixer.out_proj.weight, 1024**-0.5 / 3),
     ]:
-        largest = float(jnp.max(jnp.abs(weight[...])))
-        assert 0.95 * bound < largest <= bound
-        assert float(jnp.std(weight[...])) == pytest.approx(bound / np.sqrt(3), rel=0.06)
+        assert_uniform(weight[...], -bound, bound)
 
 
 def test_weight_decay_spares_what_sets_time_scales_biases_and_norms(mixer):
@@ -215,15 +209,3 @@ def test_decay_rates_have_a_heavy_tail():
 def test_settings_that_cannot_be_used_are_named(field, value):
     with pytest.raises(ValueError, match=rf"Mamba3\.{field} = {value}"):
         Mamba3Config(**{field: value})
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (Mamba3Config(), r"Mamba3\.head_dim = 64 cannot be used: it must divide 32 channels"),
-        (Mamba3Config(head_dim=4, groups=3), r"Mamba3\.groups = 3 cannot be used: it must divide 8 heads"),
-    ],
-)
-def test_heads_that_do_not_fit_the_width_are_a_mistake(config, message):
-    with pytest.raises(ValueError, match=message):
-        config.build(16, num_layers=1, compute_dtype=jnp.float32, rngs=nnx.Rngs(0))
