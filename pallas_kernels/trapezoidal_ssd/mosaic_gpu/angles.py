@@ -21,9 +21,6 @@ PAIRS_UNIT = LANES
 _TILE = register_tile([(WARPS, LANES), (1, LANES), (1, 1)], warp_dims=(-6,), lane_dims=(-3,), vector_dim=-1)
 """A head a warp, a pair a lane."""
 
-_UNITS = 1.5 * 2**23
-"""Between this number's neighbours is a distance of 1, so that it rounds what is added to it, up to 2^22."""
-
 _TOGETHER = 16
 """Tokens that are loaded before the first of their sums is stored: no load is waited for more often than that."""
 
@@ -72,9 +69,9 @@ def sums(
             ]
             for t, increment in zip(times, increments, strict=True):
                 # Whole turns do not matter, and without them the sum is as precise as its terms.
-                angle = angle + (increment - 2.0 * (_rounded(0.5 * increment) - _UNITS))
-                fixed = lax.bitcast_convert_type(_rounded((start + angle) * (FULL_TURN / 2)), jnp.int32)
-                store(gmem["angles"].at[batch, heads, chunk, t, pairs], fixed.astype(jnp.int16))
+                angle = angle + (increment - 2.0 * (0.5 * increment).astype(jnp.int32).astype(jnp.float32))
+                fixed = ((start + angle) * (FULL_TURN / 2)).astype(jnp.int32).astype(jnp.int16)
+                store(gmem["angles"].at[batch, heads, chunk, t, pairs], fixed)
             return angle
 
         start = plgpu.load(gmem["start"].at[batch, chunk, heads, pairs], layout=_TILE, optimized=False)
@@ -83,11 +80,3 @@ def sums(
 
     grid = {"batch": batch, "chunk": chunks, "place": padded_heads // WARPS * blocks_of_pairs}
     return launch("trapezoidal_ssd", angles, inputs, outputs, {}, grid)["angles"]
-
-
-def _rounded(number: jax.Array) -> jax.Array:
-    """A number rounded to the next integer, plus ``_UNITS``: the integer is in its lowest bits.
-
-    Conversions between integers and floats take four times as long as additions.
-    """
-    return number + _UNITS

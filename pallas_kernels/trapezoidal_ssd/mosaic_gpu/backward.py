@@ -215,7 +215,10 @@ class _Block:
 
             return carry
 
-        return lax.fori_loop(0, self.heads, step, carry)
+        carry = lax.fori_loop(0, self.heads, step, carry)
+        if turns is not None:
+            plgpu.barrier_wait(self.smem["used"])
+        return carry
 
     def turn(self, name: str, head: Any, refs: Refs) -> None:
         """Makes a head's B or C."""
