@@ -13,7 +13,6 @@ import pytest
 from pallas_kernels.ssd.mosaic_gpu import plan as ssd_plan
 from pallas_kernels.trapezoidal_ssd import mosaic_gpu, reference
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
-from pallas_kernels.trapezoidal_ssd.mosaic_gpu import plan
 from tests.pallas_kernels.kernel_results import (
     assert_vmap_is_a_loop,
     assert_within,
@@ -125,15 +124,6 @@ def test_parts_of_a_long_sequence_join_to_the_whole(monkeypatch):
 
 
 @pytest.mark.slow
-def test_heads_share_a_block_where_there_are_many(monkeypatch):
-    monkeypatch.setattr(plan, "MULTIPROCESSORS", 1)
-    inputs = make_inputs(1, 70, 8, 16, 8, groups=2, optional=("B_bias", "C_bias"))
-    # Of the four heads of a group, three share a block, and another block has the last one three times.
-    assert plan.choose(1, 2, 8, 2, 64, 32).states == (3, 2)
-    assert_right(inputs, interpret=True)
-
-
-@pytest.mark.slow
 def test_vmap_is_a_loop():
     instances = [make_inputs(1, 20, 2, 16, 8, optional=("B_bias", "C_bias"), seed=seed) for seed in range(2)]
     run = functools.partial(mosaic_gpu.trapezoidal_ssd, **OPTIONS)
@@ -218,7 +208,7 @@ def test_any_size_on_a_gpu(head_dim, state):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("batch", "length", "heads"), [(5, 192, 80), (8, 192, 24), (1, 4096, 24), (3, 300, 7)])
+@pytest.mark.parametrize(("batch", "length", "heads"), [(4, 192, 80), (8, 192, 24), (1, 4096, 24), (3, 300, 7)])
 def test_every_plan_on_a_gpu(batch, length, heads):
     optional = ("D", "delta_bias", "B_bias", "C_bias")
     assert_right(make_inputs(batch, length, heads, 64, 128, optional=optional), interpret=False)

@@ -33,32 +33,28 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
     """
     signal, matrix = ("dy", "C") if reverse else ("x", "B")
     dtype = inputs[signal].dtype
-    wanted = (signal, matrix, f"{matrix}_bias", *p.numbers, "start")
-    inputs = {name: inputs[name] for name in wanted if name in inputs}
+    bias = f"{matrix}_bias"
+    inputs = {name: inputs[name] for name in (signal, matrix, bias, *p.numbers, "start") if name in inputs}
     outputs: dict[str, Any] = {"end": p.part_states_type()}
-    scratch = p.walk_buffers([matrix], signal, dtype) | turning.bias_buffers(p, inputs, [matrix])
-    if p.pairs and p.warpgroups > 1:
-        # Each head's own. One head alone turns what was loaded in place.
-        scratch["turned"] = blocks.operand(p.warpgroups, CHUNK, p.state, dtype=dtype)
+    scratch = p.walk_buffers([matrix], signal, dtype)
     if save:
         outputs["states"] = p.states_type(dtype)
         scratch["state"] = blocks.operand(p.warpgroups, CHANNELS, p.state, dtype=dtype)
 
     def states(gmem: Refs, smem: Refs) -> None:
         block = p.block()
-        bias = turning.biases(p, gmem, smem, block, [matrix])[matrix]
 
         def step(chunk: Any, refs: Refs, release: Any, state: jax.Array) -> jax.Array:
             tokens = refs["tokens"]
-            operand = smem["turned"].at[block.warpgroup] if "turned" in smem else refs[matrix]
             whole = tokens[0, CHUNK - 1]
             if reverse:
                 weight = jnp.exp2(blocks.load(tokens.at[0], blocks.COLUMNS))
             else:
                 weight = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
             if p.pairs:
+                own_bias = gmem[bias].at[p.token_head(block.head)] if bias in gmem else None
                 loaded = blocks.load_operand(refs[matrix])
-                turning.turn_into(operand, loaded, turning.turn_by(refs["angles"]), bias)
+                turning.turn_into(refs[matrix], loaded, turning.turn_by(refs["angles"]), own_bias)
                 plgpu.commit_smem()
             signals = blocks.load_operand(blocks.transposed(refs[signal]))
             weighted = signals * blocks.by_column(weight.astype(dtype), CHANNELS)
@@ -69,7 +65,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(buffer, gmem["states"].at[block.batch, block.head, chunk])
             release()
-            return blocks.product((weighted, operand), plus=state * jnp.exp2(whole))
+            return blocks.product((weighted, refs[matrix]), plus=state * jnp.exp2(whole))
 
         state = p.walk(gmem, smem, block, [matrix], signal, step, p.start(gmem, block), reverse=reverse)
         store(gmem["end"].at[block.batch, block.part, block.head], state)

@@ -22,10 +22,6 @@ from pallas_kernels.trapezoidal_ssd import ranks, weights
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
 from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles, backward, forward, heads, plan, turning
 
-ON_TRIAL = True
-"""Two of the first fifteen GPU tests failed, and the kernels have not run on a GPU since: docs/mamba3.md."""
-
-
 def unsupported_reason(
     inputs: Inputs, *, delta_softplus: bool, norm_epsilon: float, chunk_size: int | None
 ) -> str | None:
@@ -226,5 +222,5 @@ def _call(made: Arrays, arrays: Arrays) -> Call:
     batch, length, heads, head_dim = made["x"].shape
     groups, state = made["B"].shape[2:]
     pieces, chunks = -(-head_dim // CHANNELS), -(-length // CHUNK)
-    chosen = plan.choose(batch, chunks, heads * pieces, groups, state, made["angles"].shape[-1])
+    chosen = plan.choose(batch, chunks, heads * pieces, groups, state)
     return Call(made, chosen, rank=arrays["B"].shape[3])

@@ -25,8 +25,6 @@ _TILE = register_tile(
     [(_ROWS, STATE_UNIT), (_ROWS, _COLUMNS), (1, _VECTOR)], warp_dims=(-5,), lane_dims=(-4, -3), vector_dim=-1
 )
 """Sixteen bytes a lane, and a column within a warp, so that its sum stays there."""
-_AHEAD = 4
-"""Heads that are on their way while one is added up."""
 
 
 def sums(
@@ -58,17 +56,17 @@ def sums(
         def load(member: Any) -> jax.Array:
             return blocks.load_operand(gmem["by_head"].at[batch, rows, columns(group * members + member)], _TILE)
 
-        def step(member: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            total, loaded, *ahead = carry
-            following = load(jnp.minimum(member + _AHEAD, members - 1))
+        def step(member: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            total, loaded = carry
+            # The next one is on its way while this one is added up.
+            following = load(jnp.minimum(member + 1, members - 1))
             # The cast makes it as invariant over a mesh's axes as zeros are.
             gradient = plgpu.layout_cast(loaded.astype(jnp.float32), _TILE)
             store(gmem["of_chunks"].at[batch, chunk, columns(group * members + member)], jnp.sum(gradient, axis=0))
-            return total + gradient, *ahead, following
+            return total + gradient, following
 
         zeros = plgpu.layout_cast(jnp.zeros((CHUNK, STATE_UNIT), jnp.float32), _TILE)
-        ahead = [load(min(i, members - 1)) for i in range(_AHEAD)]
-        total, *_ = lax.fori_loop(0, members, step, (zeros, *ahead))
+        total, _ = lax.fori_loop(0, members, step, (zeros, load(0)))
         store(gmem["of_groups"].at[batch, rows, columns(group)], total)
 
     grid = {"batch": batch, "chunk": length // CHUNK, "place": groups * tiles}
