@@ -22,6 +22,7 @@ from pallas_kernels.trapezoidal_ssd import ranks, weights
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
 from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles, backward, forward, heads, plan, turning
 
+
 def unsupported_reason(
     inputs: Inputs, *, delta_softplus: bool, norm_epsilon: float, chunk_size: int | None
 ) -> str | None:

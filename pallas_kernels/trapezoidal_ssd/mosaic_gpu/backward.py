@@ -368,6 +368,7 @@ class _Block:
             pieces.append(turning.columns(sums, 0, half) + turning.columns(sums, half, CHUNK))
         return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
 
+
 def _swing(gradient: jax.Array, matrix: jax.Array, pairs: int) -> jax.Array:
     """By how much the loss grows as the pairs of a matrix that has been turned are turned on, for an angle of 1.
 
