@@ -14,9 +14,6 @@ from mamba_jax import sharding
 from mamba_jax.long_context.delta_scaling import inverse_softplus
 from mamba_jax.mixers.selective import FROZEN
 
-_RUN = 32
-"""Tokens in a row that are looked up together."""
-
 _Lookup = Callable[[Float[Array, "spans channels"]], Float[Array, "#batch #length channels"]]
 
 
@@ -64,48 +61,10 @@ class TokenFilter(nnx.Module):
             return lambda table: table[None]
         # Integers, made here: as an array of the module they would be parameters to whoever takes gradients.
         last_positions = np.array(self.last_positions, np.int32)
-        if spec[1] is None and _at_most_one_ends_in_a_run(last_positions, position.shape[1]):
-            return _rows_by_runs(position, last_positions, spec)
-        span = jnp.sum(position[..., None] > last_positions, axis=-1)
-        return lambda table: _rows(table, span, spec)
-
-
-def _rows(
-    table: Float[Array, "spans channels"], span: Int[Array, "batch count"], spec: jax.sharding.PartitionSpec
-) -> Float[Array, "batch count channels"]:
-    # Behind a barrier, or XLA would merge what makes the rows' numbers with what uses them, once a channel.
-    span = jax.lax.optimization_barrier(span)
-    return table.at[span].get(mode="promise_in_bounds", out_sharding=sharding.out_sharding(*spec))
-
-
-def _at_most_one_ends_in_a_run(last_positions: Int[np.ndarray, " spans"], length: int) -> bool:
-    return length % _RUN == 0 and bool(np.diff(last_positions, prepend=0).min() >= _RUN)
-
-
-def _rows_by_runs(
-    position: Int[Array, "batch length"], last_positions: Int[np.ndarray, " spans"], spec: jax.sharding.PartitionSpec
-) -> _Lookup:
-    """Looks up few rows a run of tokens, since one a token costs as much as all else that the filter does.
-
-    From one token to the next, the position rises by one or starts again at 1. So the tokens of a run are in the span
-    of its first one, in the one that follows, or, in a document that begins in the run, in the first of all.
-    """
-    batch, length = position.shape
-    runs = position.reshape(batch, length // _RUN, _RUN)
-    span = jnp.sum(runs[..., :1] > last_positions, axis=-1)
-    ends = jnp.append(last_positions, np.iinfo(np.int32).max)
-    is_in_first = (runs <= last_positions[0])[..., None]
-    is_in_same = (runs <= ends.at[span].get(out_sharding=sharding.out_sharding(spec[0], None))[..., None])[..., None]
-
-    def of_token(table: Float[Array, "spans channels"]) -> Float[Array, "batch length channels"]:
-        same, following = (
-            jax.lax.optimization_barrier(_rows(table, jnp.minimum(span + more, len(last_positions)), spec))[:, :, None]
-            for more in range(2)
-        )
-        rows = jnp.where(is_in_first, table[0], jnp.where(is_in_same, same, following))
-        return rows.reshape(batch, length, -1)
-
-    return of_token
+        # Behind a barrier, or XLA would merge what counts the spans with what uses the number, once a channel.
+        span = jax.lax.optimization_barrier(jnp.sum(position[..., None] > last_positions, axis=-1))
+        # The rows themselves are better merged: a span lasts for many tokens, whose row then stays in the cache.
+        return lambda table: table.at[span].get(mode="promise_in_bounds", out_sharding=sharding.out_sharding(*spec))
 
 
 def _rounded_down(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
