@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +11,7 @@ from jaxtyping import Array, Float, Int
 from mamba_jax import sharding
 from mamba_jax.long_context.delta_scaling import inverse_softplus
 from mamba_jax.mixers.selective import FROZEN
-
-_Lookup = Callable[[Float[Array, "spans channels"]], Float[Array, "#batch #length channels"]]
+from pallas_kernels.keep_above import keep_above
 
 
 class TokenFilter(nnx.Module):
@@ -49,22 +46,25 @@ class TokenFilter(nnx.Module):
         bias: Float[Array, " channels"],
         position: Int[Array, "batch length"],
     ) -> Float[Array, "batch length channels"]:
-        of_token = self._rows_of_tokens(position, sharding.spec_of(delta))
+        span = self._spans(position)
         # The bias is taken from a table of few rows rather than added to each token.
-        is_small = delta <= of_token(_rounded_down(self.thresholds - bias, delta.dtype))
-        kept = delta if self.scales is None else _scaled(delta, bias, of_token(self.scales))
-        return jnp.where(is_small, jnp.asarray(FROZEN, delta.dtype), kept)
+        thresholds = _rounded_down(self.thresholds - bias, delta.dtype)
+        if self.scales is None:
+            return keep_above(delta, thresholds, span, fill=FROZEN)
+        # What XLA merges with the scaling.
+        kept = keep_above(delta, thresholds, span, fill=FROZEN, implementation="xla")
+        rows = sharding.out_sharding(*sharding.spec_of(delta))
+        scale = self.scales if span is None else self.scales.at[span].get(mode="promise_in_bounds", out_sharding=rows)
+        return jnp.where(kept == FROZEN, kept, _scaled(kept, bias, scale))
 
-    def _rows_of_tokens(self, position: Int[Array, "batch length"], spec: jax.sharding.PartitionSpec) -> _Lookup:
-        """A function that takes a table's row for each token."""
+    def _spans(self, position: Int[Array, "batch length"]) -> Int[Array, "batch length"] | None:
+        """Number of the span that each token's position is in; None where there is one."""
         if not self.last_positions:
-            return lambda table: table[None]
+            return None
         # Integers, made here: as an array of the module they would be parameters to whoever takes gradients.
         last_positions = np.array(self.last_positions, np.int32)
-        # Behind a barrier, or XLA would merge what counts the spans with what uses the number, once a channel.
-        span = jax.lax.optimization_barrier(jnp.sum(position[..., None] > last_positions, axis=-1))
-        # The rows themselves are better merged: a span lasts for many tokens, whose row then stays in the cache.
-        return lambda table: table.at[span].get(mode="promise_in_bounds", out_sharding=sharding.out_sharding(*spec))
+        # Behind a barrier, or XLA would merge the sum with what looks rows up, and count once a channel.
+        return jax.lax.optimization_barrier(jnp.sum(position[..., None] > last_positions, axis=-1))
 
 
 def _rounded_down(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
@@ -76,7 +76,7 @@ def _rounded_down(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "...
 def _scaled(
     delta: Float[Array, "batch length channels"],
     bias: Float[Array, " channels"],
-    scale: Float[Array, "#batch #length channels"],
+    scale: Float[Array, "*#tokens channels"],
 ) -> Float[Array, "batch length channels"]:
     """What becomes ``scale`` times as large behind bias and softplus; unchanged, to the last bit, by a scale of 1."""
     scaled = inverse_softplus(scale * jax.nn.softplus(delta + bias)) - bias
