@@ -41,6 +41,9 @@ _MODULE = "mamba_jax"
 _LOCK = threading.Lock()
 """Held while gin's global state is ours."""
 
+_NO_BARE_TEXT = tuple("@%({['\"")
+"""What a reference, a macro, a collection or a quoted text begins with."""
+
 
 def load(gin_files: Sequence[str], bindings: Sequence[str]) -> Experiment:
     """Reads files in order, then single bindings; a later value of a setting replaces an earlier one.
@@ -104,6 +107,12 @@ def _model_lines(group: str, model: LanguageModelConfig) -> list[str]:
         prefix = f"{scopes[letter]}/{group_name(type(layer))}"
         lines += [f"{prefix}.{field} = {format_value(getattr(layer, field))}" for field in field_types(type(layer))]
     return lines
+
+
+def _is_text(name: str) -> bool:
+    """Whether a setting is a text, such as a pattern of layers, even if what is given for it looks like a number."""
+    group, _, field = name.rpartition("/")[2].partition(".")
+    return group in groups() and field_types(groups()[group]).get(field) is str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +185,13 @@ class _Reader:
         option = f"--gin.{name}"
         if not name or not equals:
             raise ConfigError(f"{option} has no value: write --gin.NAME=VALUE.")
+        # Shells eat quotes: what is no gin value is taken as a text, and its type is checked like any other.
         try:
-            statements = list(self._statements(f"{name} = {value}", option))
+            text = value if value[:1] in _NO_BARE_TEXT or not _is_text(name) else repr(value)
+            statements = list(self._statements(f"{name} = {text}", option))
         except ConfigError:
-            if value[:1] in tuple("@%({['\""):
+            if value[:1] in _NO_BARE_TEXT:
                 raise
-            # Shells eat quotes: what is no gin value is taken as a text, and its type is checked like any other.
             statements = list(self._statements(f"{name} = {value!r}", option))
         for statement, place in statements:
             self._bind(statement, place)

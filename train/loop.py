@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+from flax import nnx
 from jax.experimental import multihost_utils
 
+from mamba_jax.models.language_model import LanguageModelConfig
 from train.checkpoint import Checkpointer
-from train.config import Experiment, TrainConfig
+from train.config import ConfigError, Experiment, TrainConfig
 from train.data import pipeline
 from train.errors import UserError
 from train.evaluate import evaluate
@@ -31,6 +33,7 @@ def run(experiment: Experiment, workdir: pathlib.Path, *, overwrite: bool = Fals
     initialize_distributed()
     mesh = make_mesh(experiment.mesh)
     settings, data = experiment.train, experiment.data
+    _require_layers_that_fit(experiment.model)
     corpus = pipeline.load(data)
     corpus.require_vocabulary(experiment.model.vocab_size)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -76,6 +79,14 @@ def run(experiment: Experiment, workdir: pathlib.Path, *, overwrite: bool = Fals
                     metrics.say(f"stopped at step {step} as asked; run the same command again to go on from there.")
                     return
             metrics.finish()
+
+
+def _require_layers_that_fit(model: LanguageModelConfig) -> None:
+    """Raises a ConfigError if a layer cannot have the model's width, which it learns only when it is built."""
+    try:
+        jax.eval_shape(lambda: model.build(nnx.Rngs(0)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 class _Report:

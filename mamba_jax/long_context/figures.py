@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mamba_jax.long_context.measurements import (
     AttentionMaps,
@@ -174,6 +174,7 @@ def filtered_share(share: FilteredShare) -> Figure:
             axes.fill_between(share.layer, low, high, color=color, alpha=0.18, linewidth=0)
         axes.set_title(name, fontsize=9)
         axes.set_ylim(0, 100)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _label(axes, "layer", "")
     panels[0].set_ylabel("tokens left out (%)")
     panels[1].legend(frameon=False, fontsize=8)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +11,7 @@ from jaxtyping import Array, Float, Int
 from mamba_jax import sharding
 from mamba_jax.long_context.delta_scaling import inverse_softplus
 from mamba_jax.mixers.selective import FROZEN
-
-_RUN = 32
-"""Tokens in a row that are looked up together."""
-
-_Lookup = Callable[[Float[Array, "spans channels"]], Float[Array, "#batch #length channels"]]
+from pallas_kernels.keep_above import keep_above
 
 
 class TokenFilter(nnx.Module):
@@ -52,60 +46,25 @@ class TokenFilter(nnx.Module):
         bias: Float[Array, " channels"],
         position: Int[Array, "batch length"],
     ) -> Float[Array, "batch length channels"]:
-        of_token = self._rows_of_tokens(position, sharding.spec_of(delta))
+        span = self._spans(position)
         # The bias is taken from a table of few rows rather than added to each token.
-        is_small = delta <= of_token(_rounded_down(self.thresholds - bias, delta.dtype))
-        kept = delta if self.scales is None else _scaled(delta, bias, of_token(self.scales))
-        return jnp.where(is_small, jnp.asarray(FROZEN, delta.dtype), kept)
+        thresholds = _rounded_down(self.thresholds - bias, delta.dtype)
+        if self.scales is None:
+            return keep_above(delta, thresholds, span, fill=FROZEN)
+        # What XLA merges with the scaling.
+        kept = keep_above(delta, thresholds, span, fill=FROZEN, implementation="xla")
+        rows = sharding.out_sharding(*sharding.spec_of(delta))
+        scale = self.scales if span is None else self.scales.at[span].get(mode="promise_in_bounds", out_sharding=rows)
+        return jnp.where(kept == FROZEN, kept, _scaled(kept, bias, scale))
 
-    def _rows_of_tokens(self, position: Int[Array, "batch length"], spec: jax.sharding.PartitionSpec) -> _Lookup:
-        """A function that takes a table's row for each token."""
+    def _spans(self, position: Int[Array, "batch length"]) -> Int[Array, "batch length"] | None:
+        """Number of the span that each token's position is in; None where there is one."""
         if not self.last_positions:
-            return lambda table: table[None]
+            return None
         # Integers, made here: as an array of the module they would be parameters to whoever takes gradients.
         last_positions = np.array(self.last_positions, np.int32)
-        if spec[1] is None and _at_most_one_ends_in_a_run(last_positions, position.shape[1]):
-            return _rows_by_runs(position, last_positions, spec)
-        span = jnp.sum(position[..., None] > last_positions, axis=-1)
-        return lambda table: _rows(table, span, spec)
-
-
-def _rows(
-    table: Float[Array, "spans channels"], span: Int[Array, "batch count"], spec: jax.sharding.PartitionSpec
-) -> Float[Array, "batch count channels"]:
-    # Behind a barrier, or XLA would merge what makes the rows' numbers with what uses them, once a channel.
-    span = jax.lax.optimization_barrier(span)
-    return table.at[span].get(mode="promise_in_bounds", out_sharding=sharding.out_sharding(*spec))
-
-
-def _at_most_one_ends_in_a_run(last_positions: Int[np.ndarray, " spans"], length: int) -> bool:
-    return length % _RUN == 0 and bool(np.diff(last_positions, prepend=0).min() >= _RUN)
-
-
-def _rows_by_runs(
-    position: Int[Array, "batch length"], last_positions: Int[np.ndarray, " spans"], spec: jax.sharding.PartitionSpec
-) -> _Lookup:
-    """Looks up few rows a run of tokens, since one a token costs as much as all else that the filter does.
-
-    From one token to the next, the position rises by one or starts again at 1. So the tokens of a run are in the span
-    of its first one, in the one that follows, or, in a document that begins in the run, in the first of all.
-    """
-    batch, length = position.shape
-    runs = position.reshape(batch, length // _RUN, _RUN)
-    span = jnp.sum(runs[..., :1] > last_positions, axis=-1)
-    ends = jnp.append(last_positions, np.iinfo(np.int32).max)
-    is_in_first = (runs <= last_positions[0])[..., None]
-    is_in_same = (runs <= ends.at[span].get(out_sharding=sharding.out_sharding(spec[0], None))[..., None])[..., None]
-
-    def of_token(table: Float[Array, "spans channels"]) -> Float[Array, "batch length channels"]:
-        same, following = (
-            jax.lax.optimization_barrier(_rows(table, jnp.minimum(span + more, len(last_positions)), spec))[:, :, None]
-            for more in range(2)
-        )
-        rows = jnp.where(is_in_first, table[0], jnp.where(is_in_same, same, following))
-        return rows.reshape(batch, length, -1)
-
-    return of_token
+        # Behind a barrier, or XLA would merge the sum with what looks rows up, and count once a channel.
+        return jax.lax.optimization_barrier(jnp.sum(position[..., None] > last_positions, axis=-1))
 
 
 def _rounded_down(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
@@ -117,7 +76,7 @@ def _rounded_down(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "...
 def _scaled(
     delta: Float[Array, "batch length channels"],
     bias: Float[Array, " channels"],
-    scale: Float[Array, "#batch #length channels"],
+    scale: Float[Array, "*#tokens channels"],
 ) -> Float[Array, "batch length channels"]:
     """What becomes ``scale`` times as large behind bias and softplus; unchanged, to the last bit, by a scale of 1."""
     scaled = inverse_softplus(scale * jax.nn.softplus(delta + bias)) - bias

@@ -7,7 +7,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mamba_jax import sharding
@@ -149,20 +148,4 @@ def _beginnings(batch_size, length, before, segment_ids) -> Int[Array, "batch le
 
 def _positions(began: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
     index = jnp.arange(began.shape[1], dtype=jnp.int32)
-    return sharding.reshard(index - _running_max(began) + 1, (sharding.BATCH, None))
-
-
-def _running_max(x: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
-    """``jax.lax.cummax`` along the length, in two steps where its own, on a GPU, are many and small."""
-    batch_size, length = x.shape
-    lowest = np.iinfo(np.int32).min
-    block = 1 << (length.bit_length() // 2)
-
-    def up_to_each(x):
-        index = jnp.arange(x.shape[-1])
-        return jnp.max(jnp.where(index <= index[:, None], x[..., None, :], lowest), axis=-1)
-
-    blocks = jnp.pad(x, ((0, 0), (0, -length % block)), constant_values=lowest).reshape(batch_size, -1, block)
-    in_block = up_to_each(blocks)
-    before_block = jnp.pad(up_to_each(in_block[..., -1])[:, :-1], ((0, 0), (1, 0)), constant_values=lowest)
-    return jnp.maximum(in_block, before_block[..., None]).reshape(batch_size, -1)[:, :length]
+    return sharding.reshard(index - jax.lax.cummax(began, axis=1) + 1, (sharding.BATCH, None))

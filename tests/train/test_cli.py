@@ -138,6 +138,17 @@ def test_wrong_usage_is_one_error_on_stderr_and_status_2(run, trained, tmp_path,
     assert not trained
 
 
+@pytest.mark.parametrize("kind", ["Mamba2", "Mamba3"])
+def test_heads_that_the_width_does_not_divide_into_are_wrong_usage(run, tmp_path, kind):
+    width, pattern = "--gin.LanguageModel.width=16", f"--gin.LanguageModel.pattern={kind[-1]}"
+    status, out, err = run("train", width, pattern, "--workdir", tmp_path / "run")
+    assert (status, out) == (2, "")
+    expected = f"{kind}.head_dim = 64 cannot be used: it must divide 32 channels (expand x width)."
+    assert err.splitlines()[-1] == f"mamba-jax: error: {expected}"
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_user_can_mend_is_one_line_and_status_1(run, tmp_path):
     status, out, err = run("generate", "--checkpoint", tmp_path / "nothing")
     assert (status, out) == (1, "")

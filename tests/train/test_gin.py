@@ -133,6 +133,8 @@ def test_nothing_stays_bound_between_loads():
         ("Data.source=/some folder/tokens", lambda e: e.data.source, "/some folder/tokens"),
         ("Data.source='stdlib'", lambda e: e.data.source, "stdlib"),
         ("Optimizer.schedule=wsd", lambda e: e.optimizer.schedule, "wsd"),
+        ("LanguageModel.pattern=3", lambda e: e.model.pattern, "3"),
+        ("LanguageModel.pattern='2'", lambda e: e.model.pattern, "2"),
         ("LanguageModel.tie_embeddings=False", lambda e: e.model.tie_embeddings, False),
         ("Mamba1.state_size=64", lambda e: e.model.layers["M"].state_size, 64),
     ],

@@ -127,5 +127,6 @@ def extended(name: str, model: LanguageModel, setting: Setting, length: int) -> 
         return METHODS[name].extend(model, setting, length)
     except ValueError as error:
         raise UserError(
-            f"the method {name} cannot be used on this model: {error} Or leave it out of --methods."
+            f"the method {name} cannot be used on this model: {error} Or do without it: name the others with "
+            "--methods, in place of --ablations."
         ) from None

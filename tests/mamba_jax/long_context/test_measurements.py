@@ -186,6 +186,7 @@ def test_every_figure_says_what_its_axes_are(model, calibration, sequence, layer
         labels = [axes.get_xlabel() for axes in figure.axes] + [figure.get_supxlabel()]
         assert any(word in " ".join(labels) for word in ("token", "layer", "channels")), name
         assert figure.get_suptitle()
+    assert all(float(tick).is_integer() for axes in drawn["share"].axes for tick in axes.get_xticks())  # layers
     assert len(drawn["maps"].axes) == 5  # three maps, an empty place, the colour bar
     assert len(list(tmp_path.iterdir())) == len(drawn)
 

@@ -202,6 +202,7 @@ def test_a_method_that_does_not_fit_the_model_says_so(run, calibration, tmp_path
     status, _, err = run(*options, "--tries", 1, "--output", tmp_path)
     assert status == 1
     assert "the method layers_8 cannot be used on this model: LongMamba.layers = 8" in err
+    assert "name the others with --methods, in place of --ablations" in err
 
 
 def test_methods_without_effect_at_the_training_length_are_the_model(model, calibration):
