@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -165,7 +166,7 @@ class _Block:
             refs = {name: self.smem[name].at[slot] for name in (*_STREAMED, *_MADE)}
             free = self.smem["free"].at[slot]
             plgpu.barrier_wait(self.smem["full"].at[slot])
-            if turns is not None:
+            if turns is not None and group_matrix is not None:
 
                 @pl.when(i >= stages)
                 def _() -> None:
@@ -326,16 +327,15 @@ class _Block:
             return refs[name].at[:, pl.ds(i * CHUNK, CHUNK)]
 
         for i in range(state // CHUNK):
-            total = None
+            numbers = []
             # The components that are partners of the tile's are in a row, but may begin in the middle of a tile.
             first = (i * CHUNK + state // 2) % state
             for j in sorted({first // CHUNK, (first + CHUNK - 1) % state // CHUNK}):
                 of_tile = blocks.product((blocks.transposed(tile("dstates", i)), tile("states", j)))
                 ahead = j * CHUNK - i * CHUNK
                 is_partner = (column + ahead == row + state // 2) | (column + ahead == row - state // 2)
-                numbers = jnp.sum(jnp.where(is_partner, of_tile, 0.0), axis=1)
-                total = numbers if total is None else total + numbers
-            store(partners.at[pl.ds(i * CHUNK, CHUNK)], total)
+                numbers.append(jnp.sum(jnp.where(is_partner, of_tile, 0.0), axis=1))
+            store(partners.at[pl.ds(i * CHUNK, CHUNK)], functools.reduce(operator.add, numbers))
         synchronize()
         first, second = (
             blocks.load(partners.at[pl.ds(start, self.p.pairs)], blocks.COLUMNS) for start in (0, state // 2)
