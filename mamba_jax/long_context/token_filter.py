@@ -47,8 +47,9 @@ class TokenFilter(nnx.Module):
         position: Int[Array, "batch length"],
     ) -> Float[Array, "batch length channels"]:
         span = self._spans(position)
-        # The bias is taken from a table of few rows rather than added to each token.
-        thresholds = _rounded_down(self.thresholds - bias, delta.dtype)
+        # The bias is taken from a table of few rows rather than added to each token. What is compared has no gradient,
+        # and jax before 0.12 knows none of nextafter's.
+        thresholds = _rounded_down(jax.lax.stop_gradient(self.thresholds - bias), delta.dtype)
         if self.scales is None:
             return keep_above(delta, thresholds, span, fill=FROZEN)
         # What XLA merges with the scaling.
