@@ -17,7 +17,7 @@ def dispatch[Outputs: tuple[jax.Array, ...]](
     inputs: Any,
     input_dims: Mapping[str, Dims],
     output_dims: tuple[Dims, ...],
-    along_length: Callable[[Callable[[Any], Outputs], Any, Axis], Outputs],
+    along_length: Callable[[Callable[[Any], Outputs], Any, Axis], Outputs] | None = None,
     **options: Any,
 ) -> Outputs:
     """Computes an operator on every device's part of its inputs, by the implementation that is chosen there.
@@ -29,7 +29,7 @@ def dispatch[Outputs: tuple[jax.Array, ...]](
         input_dims: names of each input's dimensions, as for ``map_shards``.
         output_dims: names of each result's dimensions.
         along_length: ``along_length(compute, inputs, axis)`` computes a device's part where the length is sharded over
-            a mesh axis, by calls of ``compute`` on its own tokens.
+            a mesh axis, by calls of ``compute`` on its own tokens; None where no token sees another one.
         **options: what implementations are called with besides the inputs.
 
     Raises:
@@ -41,7 +41,9 @@ def dispatch[Outputs: tuple[jax.Array, ...]](
         return implementations.choose(operator, implementation, inputs, **options)(inputs, **options)
 
     def compute_shard(inputs: Any, sequence_axis: Axis | None) -> Outputs:
-        return compute(inputs) if sequence_axis is None else along_length(compute, inputs, sequence_axis)
+        if sequence_axis is None or along_length is None:
+            return compute(inputs)
+        return along_length(compute, inputs, sequence_axis)
 
     return map_shards(compute_shard, inputs, input_dims, output_dims)
 

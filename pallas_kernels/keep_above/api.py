@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import implementation as implementations
-from pallas_kernels import sharding
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.keep_above.inputs import Inputs
 from pallas_kernels.validation import INTEGER, Checker
 
 _TOKEN = ("batch", "length", "channels")
-_INPUT_DIMS: dict[str, sharding.Dims] = {
+_INPUT_DIMS = {
     "x": _TOKEN,
     "thresholds": ("rows", "channels"),
     "row": ("batch", "length"),
@@ -46,17 +44,11 @@ def keep_above(
         UnsupportedError: the named implementation cannot run this call.
     """
     check = Checker("keep_above")
-    check("x", x, _TOKEN)
-    check("thresholds", thresholds, ("rows", "channels"))
+    inputs = Inputs(x, thresholds, row)
+    check.arrays(inputs._asdict(), _INPUT_DIMS, {"row": INTEGER})
     if thresholds.dtype != x.dtype:
         raise check.error(f"thresholds must be {x.dtype} as x is, got {thresholds.dtype}")
-    if row is not None:
-        check("row", row, ("batch", "length"), INTEGER)
-    elif len(thresholds) > 1:
+    if row is None and len(thresholds) > 1:
         raise check.error(f"row must be given, since thresholds has {len(thresholds)} rows")
-
-    def keep(inputs: Inputs, sequence_axis: sharding.Axis | None) -> tuple[jax.Array]:
-        del sequence_axis  # No token sees another one.
-        return (implementations.choose("keep_above", implementation, inputs, fill=fill)(inputs, fill=fill),)
-
-    return sharding.map_shards(keep, Inputs(x, thresholds, row), _INPUT_DIMS, (_TOKEN,))[0]
+    (y,) = dispatch("keep_above", implementation, inputs, _INPUT_DIMS, (_TOKEN,), fill=fill)
+    return y

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Inputs(NamedTuple):
-    """Arrays of one call; an implementation is a function ``keep_above(inputs, *, fill) -> y``, ``y`` like ``x``."""
+    """Arrays of one call; an implementation is a function ``keep_above(inputs, *, fill) -> (y,)``, ``y`` like ``x``."""
 
     x: Float[Array, "batch length channels"]
     thresholds: Float[Array, "rows channels"]

@@ -1,4 +1,4 @@
-"""The operator as a Pallas Mosaic GPU kernel, which is as fast as memory is.
+"""The operator as a Pallas Mosaic GPU kernel, which should be as fast as memory is.
 
 XLA's loop has four numbers a thread, and so fewer bytes on their way than the memory of an H200 could deliver. Here a
 block has a tile copied in, compares it, and has it copied out, and a multiprocessor has nine such blocks or more.
@@ -47,9 +47,9 @@ def unsupported_reason(inputs: Inputs, *, fill: float) -> str | None:
     return missing_hardware()
 
 
-def keep_above(inputs: Inputs, *, fill: float) -> jax.Array:
+def keep_above(inputs: Inputs, *, fill: float) -> tuple[jax.Array]:
     """Computes y; see ``Inputs``."""
-    return _keep({name: array for name, array in inputs._asdict().items() if array is not None}, fill)
+    return (_keep({name: array for name, array in inputs._asdict().items() if array is not None}, fill),)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -63,7 +63,7 @@ def _keep_forward(arrays: Arrays, fill: float) -> tuple[jax.Array, Arrays]:
 
 def _keep_backward(fill: float, arrays: Arrays, dy: jax.Array) -> tuple[dict[str, Any]]:
     _, transpose = jax.vjp(lambda x: xla.keep_above(Inputs(**(arrays | {"x": x})), fill=fill), arrays["x"])
-    return (dict.fromkeys(arrays) | {"x": transpose(dy)[0]},)
+    return (dict.fromkeys(arrays) | {"x": transpose((dy,))[0]},)
 
 
 _keep.defvjp(_keep_forward, _keep_backward)

@@ -13,9 +13,9 @@ def unsupported_reason(inputs: Inputs, *, fill: float) -> str | None:
     del inputs, fill
 
 
-def keep_above(inputs: Inputs, *, fill: float) -> jax.Array:
+def keep_above(inputs: Inputs, *, fill: float) -> tuple[jax.Array]:
     """Computes y; see ``Inputs``."""
     x, thresholds, row = inputs
     if row is not None:
         thresholds = thresholds.at[row].get(mode="promise_in_bounds")
-    return jnp.where(x <= thresholds, jnp.asarray(fill, x.dtype), x)
+    return (jnp.where(x <= thresholds, jnp.asarray(fill, x.dtype), x),)

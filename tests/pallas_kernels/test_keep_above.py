@@ -66,7 +66,7 @@ def any_hardware(monkeypatch):
 @pytest.mark.parametrize("implementation", [xla, mosaic_gpu], ids=["xla", "mosaic_gpu"])
 def test_numbers_above_their_threshold_keep_every_bit(implementation, shape, dtype, rows):
     inputs = make(shape, dtype, rows)
-    y = implementation.keep_above(inputs, fill=FILL)
+    (y,) = implementation.keep_above(inputs, fill=FILL)
     assert 0.1 < np.mean(np.asarray(y == jnp.asarray(FILL, dtype))) < 0.9
     assert_same_bits(y, expected(inputs))
 
@@ -78,7 +78,7 @@ def test_gradients_pass_where_numbers_do(implementation):
     weight = jnp.asarray(np.random.default_rng(1).normal(size=inputs.x.shape), jnp.float32)
 
     def loss(x):
-        return jnp.vdot(weight, jnp.nan_to_num(implementation.keep_above(inputs._replace(x=x), fill=FILL)))
+        return jnp.vdot(weight, jnp.nan_to_num(*implementation.keep_above(inputs._replace(x=x), fill=FILL)))
 
     x = jnp.nan_to_num(inputs.x, posinf=9.0)
     passes = expected(inputs._replace(x=jnp.zeros_like(x) + x), otherwise=np.nan)
@@ -88,7 +88,7 @@ def test_gradients_pass_where_numbers_do(implementation):
 @pytest.mark.usefixtures("interpreted")
 def test_under_vmap_each_element_has_its_own_rows():
     inputs = make((3, 33, 16))
-    one = lambda x, row: mosaic_gpu.keep_above(Inputs(x[None], inputs.thresholds, row[None]), fill=FILL)[0]  # noqa: E731
+    one = lambda x, row: mosaic_gpu.keep_above(Inputs(x[None], inputs.thresholds, row[None]), fill=FILL)[0][0]  # noqa: E731
     assert_same_bits(jax.vmap(one)(inputs.x, inputs.row), expected(inputs))
 
 

@@ -150,31 +150,31 @@ class _Block:
                 source = self.gmem[name].at[batch, number, chunk]
             plgpu.copy_gmem_to_smem(source, self.smem[name].at[slot], self.smem["full"].at[slot])
 
-    def over_heads(self, work: Any, carry: Any = None, *, turns: str | None = None) -> Any:
+    def over_heads(self, work: Any, carry: Any = None, *, turns: tuple[str, jax.Array] | None = None) -> Any:
         """Calls ``work(head, refs, carry) -> carry`` for each head, with references to what belongs to it.
 
         Args:
             work: of a warpgroup.
             carry: passed from head to head.
-            turns: the matrix that this warpgroup makes for every head; one that makes none loads.
+            turns: name of the matrix that this warpgroup makes for every head, and the group's; who makes none loads.
         """
         stages = min(self.stages, self.heads)
-        group_matrix = None if turns is None else self.group_matrix(turns)
 
         def step(i: Any, carry: Any) -> Any:
             slot, head = lax.rem(i, stages), self.head(i)
             refs = {name: self.smem[name].at[slot] for name in (*_STREAMED, *_MADE)}
             free = self.smem["free"].at[slot]
             plgpu.barrier_wait(self.smem["full"].at[slot])
-            if turns is not None and group_matrix is not None:
+            if turns is not None:
+                name, group_matrix = turns
 
                 @pl.when(i >= stages)
                 def _() -> None:
                     plgpu.barrier_wait(free)
 
-                bias = f"{turns}_bias"
+                bias = f"{name}_bias"
                 own_bias = self.gmem[bias].at[self.p.token_head(head)] if bias in self.gmem else None
-                turning.turn_into(refs[turns], group_matrix, turning.turn_by(refs["angles"]), own_bias)
+                turning.turn_into(refs[name], group_matrix, turning.turn_by(refs["angles"]), own_bias)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(refs["turned"])
             plgpu.barrier_wait(refs["turned"])
@@ -235,7 +235,7 @@ class _Block:
             target = gmem["dx"].at[batch, blocks.chunk_rows(chunk), blocks.head_channels(head)]
             plgpu.copy_smem_to_gmem(smem["dx"], target)
 
-        self.over_heads(work, turns="B")
+        self.over_heads(work, turns=("B", self.group_matrix("B")))
         plgpu.wait_smem_to_gmem(0)
 
     def slopes(self) -> None:
@@ -269,7 +269,7 @@ class _Block:
             across = blocks.product((refs["dstates"], states))
             self.put("across", head, jnp.sum(jnp.where(row == column, across, 0.0), axis=1))
 
-        self.over_heads(work, turns="C")
+        self.over_heads(work, turns=("C", self.group_matrix("C")))
 
     def matrices(self) -> None:
         """Third warpgroup: loads, and the gradients of B, C and the angles."""
