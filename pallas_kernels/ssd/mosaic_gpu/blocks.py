@@ -79,8 +79,6 @@ class Problem:
     pairs: int = 0
     """Angles of a head and token in "angles", 16-bit integers, (batch, heads / pieces, chunks, CHUNK, pairs). Where
     there are some, kernels turn what they load to make a group's B and C; see ``turning``."""
-    shared_by: int = 1
-    """Groups in a row whose B and C are the same as they are loaded."""
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -89,7 +87,7 @@ class Problem:
 
     def matrix_columns(self, group: Any) -> Any:
         """Where the states of a group's B and C are in memory."""
-        return pl.ds(group // self.shared_by * self.state, self.state)
+        return pl.ds(group * self.state, self.state)
 
     @property
     def token_rows(self) -> int:

@@ -28,17 +28,14 @@ class Call:
         self.pieces = math.ceil(self.head_dim / CHANNELS)
         self.chunks = math.ceil(self.length / CHUNK)
         self.padded_state = math.ceil(self.state / STATE_UNIT) * STATE_UNIT
-        # Heads that turn B and C by angles of their own have their own.
-        self.shared_by = self.heads // self.groups if self.pairs else 1
-        sizes = self.batch, self.chunks, self.heads * self.pieces, self.groups * self.shared_by, self.padded_state
+        sizes = self.batch, self.chunks, self.heads * self.pieces, self.groups, self.padded_state
         self.plan = chosen or plan.choose(*sizes)
 
     def problem(self, walk: tuple[int, int]) -> Problem:
         """The problem as cut for a kernel with these warpgroups and stages."""
         heads = self.heads * self.pieces
-        sizes = self.batch, self.chunks, heads, self.pieces, self.groups * self.shared_by, self.padded_state
-        kinds = self.rank, self.own_weights, self.pairs, self.shared_by
-        return Problem(*sizes, *walk, self.plan.parts, *kinds)
+        sizes = self.batch, self.chunks, heads, self.pieces, self.groups, self.padded_state
+        return Problem(*sizes, *walk, self.plan.parts, self.rank, self.own_weights, self.pairs)
 
     def prepared(self, arrays: Arrays, *names: str) -> Arrays:
         """The named arrays as kernels take them, those that are there, and "tokens"."""

@@ -33,16 +33,17 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
     """
     signal, matrix = ("dy", "C") if reverse else ("x", "B")
     dtype = inputs[signal].dtype
-    bias = f"{matrix}_bias"
-    inputs = {name: inputs[name] for name in (signal, matrix, bias, *p.numbers, "start") if name in inputs}
+    wanted = (signal, matrix, f"{matrix}_bias", *p.numbers, "start")
+    inputs = {name: inputs[name] for name in wanted if name in inputs}
     outputs: dict[str, Any] = {"end": p.part_states_type()}
-    scratch = p.walk_buffers([matrix], signal, dtype)
+    scratch = p.walk_buffers([matrix], signal, dtype) | turning.bias_buffers(p, inputs, [matrix])
     if save:
         outputs["states"] = p.states_type(dtype)
         scratch["state"] = blocks.operand(p.warpgroups, CHANNELS, p.state, dtype=dtype)
 
     def states(gmem: Refs, smem: Refs) -> None:
         block = p.block()
+        bias = turning.biases(p, gmem, smem, block, [matrix])[matrix]
 
         def step(chunk: Any, refs: Refs, release: Any, state: jax.Array) -> jax.Array:
             tokens = refs["tokens"]
@@ -52,9 +53,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
             else:
                 weight = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
             if p.pairs:
-                own_bias = gmem[bias].at[p.token_head(block.head)] if bias in gmem else None
                 loaded = blocks.load_operand(refs[matrix])
-                turning.turn_into(refs[matrix], loaded, turning.turn_by(refs["angles"]), own_bias)
+                turning.turn_into(refs[matrix], loaded, turning.turn_by(refs["angles"]), bias)
                 plgpu.commit_smem()
             signals = blocks.load_operand(blocks.transposed(refs[signal]))
             weighted = signals * blocks.by_column(weight.astype(dtype), CHANNELS)

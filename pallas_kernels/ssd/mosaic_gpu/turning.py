@@ -6,15 +6,17 @@ Components n and n + state // 2 are a pair, for n below the number of angles of 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_gpu_compat import store
+from pallas_kernels.mosaic_gpu_compat import plgpu, store
+from pallas_kernels.mosaic_gpu_launch import Refs
 from pallas_kernels.ssd.mosaic_gpu import blocks
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK, Block, Problem
 
 FULL_TURN = 2**16
 """Angles are 16-bit integers that wrap at a full turn."""
@@ -47,6 +49,33 @@ def turned(matrix: jax.Array, turn: Turn, *, back: bool = False) -> jax.Array:
 def columns(matrix: jax.Array, start: int, stop: int) -> jax.Array:
     """Some columns of a matrix in registers."""
     return lax.slice(matrix, (0, start), (matrix.shape[0], stop))
+
+
+def bias_buffers(p: Problem, inputs: Mapping[str, jax.Array], matrices: Sequence[str]) -> dict[str, Any]:
+    """Shared memory for the biases of a block's heads, where they are a number a component, and their barriers.
+
+    Those of a number a row and component would not fit: they stay in device memory.
+    """
+    names = [f"{matrix}_bias" for matrix in matrices]
+    names = [name for name in names if name in inputs and inputs[name].ndim == 2]
+    if not names:
+        return {}
+    return {
+        **{name: plgpu.SMEM((p.warpgroups, p.state), jnp.float32) for name in names},
+        "biases": plgpu.Barrier(num_arrivals=len(names), num_barriers=p.warpgroups),
+    }
+
+
+def biases(p: Problem, gmem: Refs, smem: Refs, block: Block, matrices: Sequence[str]) -> dict[str, Any]:
+    """Loads a head's biases into the shared memory there is for them; returns references, or None, by matrix."""
+    head = p.token_head(block.head)
+    found = {matrix: gmem[f"{matrix}_bias"].at[head] for matrix in matrices if f"{matrix}_bias" in gmem}
+    buffers = {matrix: smem[f"{matrix}_bias"].at[block.warpgroup] for matrix in found if f"{matrix}_bias" in smem}
+    for matrix, buffer in buffers.items():
+        plgpu.copy_gmem_to_smem(found[matrix], buffer, smem["biases"].at[block.warpgroup])
+    if buffers:
+        plgpu.barrier_wait(smem["biases"].at[block.warpgroup])
+    return dict.fromkeys(matrices) | found | buffers
 
 
 def turn_into(target: Any, matrix: jax.Array, turn: Turn, bias: Any = None) -> None:

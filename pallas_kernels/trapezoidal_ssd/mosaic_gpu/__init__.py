@@ -223,5 +223,5 @@ def _call(made: Arrays, arrays: Arrays) -> Call:
     batch, length, heads, head_dim = made["x"].shape
     groups, state = made["B"].shape[2:]
     pieces, chunks = -(-head_dim // CHANNELS), -(-length // CHUNK)
-    chosen = plan.choose(batch, chunks, heads * pieces, groups, state)
+    chosen = plan.choose(batch, chunks, heads * pieces, groups, state, made["angles"].shape[-1])
     return Call(made, chosen, rank=arrays["B"].shape[3])

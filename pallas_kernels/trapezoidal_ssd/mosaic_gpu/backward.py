@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from jax import lax
 from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks, slopes, turning
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, STATE_UNIT, Problem
 
 _EVEN_SHARE = 168
 """Registers of a lane, where three warpgroups have the same."""
@@ -30,15 +31,21 @@ _REGISTERS = {"attention": 152, "slopes": 152, "matrices": 200}
 # A warpgroup that wants more than the others have left waits for ever.
 assert sum(_REGISTERS.values()) <= len(_REGISTERS) * _EVEN_SHARE
 
-_STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles")
-_MADE = ("B", "C", "weights", "partners", "turned", "made")
-"""What warpgroups make for each other, a head each, and the barriers that say it is there."""
+_STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles", "step_size")
+_STREAMED_IF_THERE = ("D", "B_bias", "C_bias")
 
 
 def shared_memory(state: int, pairs: int, token_rows: int) -> tuple[int, int]:
     """Bytes of a block: those that it needs once, and those of each stage."""
     square, matrix = CHUNK * CHUNK * 2, CHUNK * state * 2
-    return 3 * square, 3 * square + 4 * matrix + (token_rows * CHUNK + state) * 4 + CHUNK * pairs * 2
+    numbers = (token_rows + 1) * CHUNK + CHANNELS + 3 * state
+    once = 4 * square + 4 * matrix + _gradient_tiles(state) * square
+    return once, 2 * square + 2 * matrix + numbers * 4 + CHUNK * pairs * 2
+
+
+def _gradient_tiles(state: int) -> int:
+    """Tiles of a gradient of B or C on their way out at once: more than two leave no room for large states."""
+    return min(2, state // STATE_UNIT)
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: int) -> dict[str, jax.Array]:
@@ -57,7 +64,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         and "dtheta", (groups · splits, batch, chunks, CHUNK, pairs), to be summed; with D also "dD", (batch, chunks,
         heads, CHANNELS), to be summed; and those of ``slopes.names``.
     """
-    dtype, groups = inputs["x"].dtype, p.groups // p.shared_by
+    dtype, groups = inputs["x"].dtype, p.groups
     matrix = jax.ShapeDtypeStruct((p.batch, p.chunks * CHUNK, p.heads * p.state), dtype)
     outputs: dict[str, Any] = {
         "dx": jax.ShapeDtypeStruct(inputs["x"].shape, dtype),
@@ -69,19 +76,26 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
     }
     if "D" in inputs:
         outputs["dD"] = jax.ShapeDtypeStruct((p.batch, p.chunks, p.heads, CHANNELS), jnp.float32)
+    # A bias of every row of a chunk would not fit.
+    parameters = [name for name in _STREAMED_IF_THERE if name in inputs and inputs[name].ndim == 2]
     scratch = {
         **{name: blocks.operand(stages, CHUNK, CHANNELS, dtype=dtype) for name in ("x", "dy")},
         **{name: blocks.operand(stages, CHANNELS, p.state, dtype=dtype) for name in ("states", "dstates")},
         "tokens": plgpu.SMEM((stages, p.token_rows, CHUNK), jnp.float32),
         "angles": plgpu.SMEM((stages, CHUNK, p.pairs), jnp.int16),
-        **{name: blocks.operand(stages, CHUNK, p.state, dtype=dtype) for name in ("B", "C")},
-        "weights": blocks.operand(stages, CHUNK, CHUNK, dtype=dtype),
+        "step_size": plgpu.SMEM((stages, CHUNK), jnp.float32),
+        **{name: plgpu.SMEM((stages, inputs[name].shape[1]), jnp.float32) for name in parameters},
         "partners": plgpu.SMEM((stages, p.state), jnp.float32),
-        **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("dx", "pairs", "from_row")},
-        "full": plgpu.Barrier(num_arrivals=len(_STREAMED), num_barriers=stages),
-        "turned": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "made": plgpu.Barrier(num_barriers=stages),
+        **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C", "turned_B", "turned_C")},
+        "gradient": blocks.operand(_gradient_tiles(p.state), CHUNK, STATE_UNIT, dtype=dtype),
+        **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("dx", "weights", "pairs", "from_row")},
+        "loaded": plgpu.Barrier(num_arrivals=2),
+        "full": plgpu.Barrier(num_arrivals=len(_STREAMED) + len(parameters), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        "turned": plgpu.Barrier(num_arrivals=2),
+        "used": plgpu.Barrier(num_arrivals=3),
+        "made": plgpu.Barrier(),
+        "swung": plgpu.Barrier(num_barriers=stages),
     }
 
     def backward(gmem: Refs, smem: Refs) -> None:
@@ -105,8 +119,13 @@ class _Block:
     smem: Refs
 
     @property
+    def streamed(self) -> tuple[str, ...]:
+        """What is loaded for each head."""
+        return tuple(name for name in (*_STREAMED, *_STREAMED_IF_THERE) if name in self.smem)
+
+    @property
     def heads(self) -> int:
-        return self.p.heads // (self.p.groups // self.p.shared_by) // self.splits
+        return self.p.heads_per_group // self.splits
 
     def head(self, i: Any) -> Any:
         """The block's i-th head."""
@@ -127,9 +146,15 @@ class _Block:
 
         @pl.when(warpgroup == 2)
         def _() -> None:
+            batch, chunk = self.at
+            columns = pl.ds(lax.axis_index("group") * self.p.state, self.p.state)
+            for name in ("B", "C"):
+                source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns]
+                plgpu.copy_gmem_to_smem(source, self.smem[name], self.smem["loaded"])
             for i in range(min(self.stages, self.heads)):
                 self.load(i, i)
 
+        plgpu.barrier_wait(self.smem["loaded"])
         for number, (work, registers) in enumerate(_REGISTERS.items()):
             pl.when(warpgroup == number)(functools.partial(self.start, work, registers))
 
@@ -142,42 +167,44 @@ class _Block:
     def load(self, i: Any, slot: Any) -> None:
         """Starts the copies of what belongs to the i-th head."""
         (batch, chunk), head = self.at, self.head(i)
-        for name in _STREAMED:
-            if name in ("x", "dy"):
-                source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), blocks.head_channels(head)]
-            else:
-                number = self.p.token_head(head) if name in self.p.numbers else head
-                source = self.gmem[name].at[batch, number, chunk]
+        for name in self.streamed:
+            match name:
+                case "x" | "dy":
+                    source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), blocks.head_channels(head)]
+                case "D":
+                    source = self.gmem[name].at[head]
+                case "B_bias" | "C_bias":
+                    source = self.gmem[name].at[self.p.token_head(head)]
+                case "states" | "dstates":
+                    source = self.gmem[name].at[batch, head, chunk]
+                case _:
+                    source = self.gmem[name].at[batch, self.p.token_head(head), chunk]
             plgpu.copy_gmem_to_smem(source, self.smem[name].at[slot], self.smem["full"].at[slot])
 
-    def over_heads(self, work: Any, carry: Any = None, *, turns: tuple[str, jax.Array] | None = None) -> Any:
+    def over_heads(self, work: Any, carry: Any = None, *, turns: str | None = None) -> Any:
         """Calls ``work(head, refs, carry) -> carry`` for each head, with references to what belongs to it.
 
         Args:
-            work: of a warpgroup.
+            work: of a warpgroup. It must arrive at "used" once, when it no longer needs the head's B and C.
             carry: passed from head to head.
-            turns: name of the matrix that this warpgroup makes for every head, and the group's; who makes none loads.
+            turns: the matrix that this warpgroup makes for every head; one that makes none loads.
         """
         stages = min(self.stages, self.heads)
 
         def step(i: Any, carry: Any) -> Any:
             slot, head = lax.rem(i, stages), self.head(i)
-            refs = {name: self.smem[name].at[slot] for name in (*_STREAMED, *_MADE)}
             free = self.smem["free"].at[slot]
             plgpu.barrier_wait(self.smem["full"].at[slot])
+            refs = {name: self.smem[name].at[slot] for name in (*self.streamed, "partners", "swung")}
             if turns is not None:
-                name, group_matrix = turns
 
-                @pl.when(i >= stages)
+                @pl.when(i > 0)
                 def _() -> None:
-                    plgpu.barrier_wait(free)
+                    plgpu.barrier_wait(self.smem["used"])
 
-                bias = f"{name}_bias"
-                own_bias = self.gmem[bias].at[self.p.token_head(head)] if bias in self.gmem else None
-                turning.turn_into(refs[name], group_matrix, turning.turn_by(refs["angles"]), own_bias)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(refs["turned"])
-            plgpu.barrier_wait(refs["turned"])
+                self.turn(turns, head, refs)
+                plgpu.barrier_arrive(self.smem["turned"])
+            plgpu.barrier_wait(self.smem["turned"])
             carry = work(head, refs, carry)
             plgpu.barrier_arrive(free)
             if turns is None and self.heads > stages:
@@ -189,17 +216,23 @@ class _Block:
 
             return carry
 
-        return lax.fori_loop(0, self.heads, step, carry)
+        carry = lax.fori_loop(0, self.heads, step, carry)
+        if turns is not None:
+            plgpu.barrier_wait(self.smem["used"])
+        return carry
 
-    def group_matrix(self, name: str) -> jax.Array:
-        """The group's B or C, in registers: in shared memory there is room for those of two heads instead."""
-        batch, chunk = self.at
-        columns = pl.ds(lax.axis_index("group") * self.p.state, self.p.state)
-        return blocks.load_operand(self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns])
+    def turn(self, name: str, head: Any, refs: Refs) -> None:
+        """Makes a head's B or C."""
+        matrix, turn = blocks.load_operand(self.smem[name]), turning.turn_by(refs["angles"])
+        turning.turn_into(self.smem[f"turned_{name}"], matrix, turn, self.bias(name, head, refs))
+        plgpu.commit_smem()
 
-    def decays(self, tokens: Any, *, transpose: bool = False) -> jax.Array:
-        """``blocks.decays``, bounded."""
-        return blocks.finite(blocks.decays(tokens, transpose=transpose, rank=self.p.rank))
+    def bias(self, matrix: str, head: Any, refs: Refs) -> Any:
+        """Reference to the head's bias of B or C, or None."""
+        name = f"{matrix}_bias"
+        if name in refs:
+            return refs[name]
+        return self.gmem[name].at[self.p.token_head(head)] if name in self.gmem else None
 
     def put(self, name: str, head: Any, numbers: jax.Array) -> None:
         """Writes a number a token of a head."""
@@ -213,12 +246,14 @@ class _Block:
 
         def work(head: Any, refs: Refs, carry: None) -> None:
             del carry
-            tokens, B = refs["tokens"], refs["B"]
-            scores = blocks.product((B, blocks.transposed(refs["C"]))) * self.decays(tokens, transpose=True)
-            weights = jnp.where(row <= column, scores, 0.0).astype(B.dtype)
+            tokens, B = refs["tokens"], smem["turned_B"]
+            decays = functools.partial(blocks.decays, tokens, transpose=True, rank=self.p.rank)
+            scores, decays = blocks.products(([(B, blocks.transposed(smem["turned_C"]))], None), meanwhile=decays)
+            weights = jnp.where(row <= column, scores * decays, 0.0).astype(B.dtype)
             from_state, within = blocks.products(
                 ([(B, blocks.transposed(refs["dstates"]))], None), ([(weights, refs["dy"])], None)
             )
+            plgpu.barrier_arrive(smem["used"])
             x = blocks.load(refs["x"])
             decay = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[0], blocks.ROWS))
             from_state = from_state * blocks.by_row(decay, CHANNELS)
@@ -227,100 +262,28 @@ class _Block:
             dx = within + from_state * blocks.by_row(blocks.load(tokens.at[2], blocks.ROWS), CHANNELS)
             if "D" in gmem:
                 dy = blocks.load(refs["dy"])
-                dx = dx + dy * blocks.by_column(blocks.load(gmem["D"].at[head], blocks.COLUMNS), CHUNK)
-                store(gmem["dD"].at[batch, chunk, head], jnp.sum(dy * x, axis=0))
+                dx = dx + dy * blocks.by_column(blocks.load(refs["D"], blocks.COLUMNS), CHUNK)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             store(smem["dx"], dx.astype(B.dtype))
             plgpu.commit_smem()
             target = gmem["dx"].at[batch, blocks.chunk_rows(chunk), blocks.head_channels(head)]
             plgpu.copy_smem_to_gmem(smem["dx"], target)
+            self.swing_states(refs)
+            plgpu.barrier_arrive(refs["swung"])
+            if "dD" in gmem:
+                # To add columns up over lanes and warps would take three times as many instructions.
+                products = blocks.product((blocks.transposed(refs["dy"]), refs["x"]))
+                store(gmem["dD"].at[batch, chunk, head], _diagonal(products))
 
-        self.over_heads(work, turns=("B", self.group_matrix("B")))
+        self.over_heads(work, turns="B")
         plgpu.wait_smem_to_gmem(0)
 
-    def slopes(self) -> None:
-        """Second warpgroup: C, what outputs and states say about the decays, and weights for the third."""
-        smem = self.smem
-        row, column = blocks.coordinates((CHUNK, CHUNK))
-        token, other = blocks.token_coordinates(self.p.rank)
-        store(smem["from_row"], jnp.where(column >= row, 1.0, 0.0).astype(smem["from_row"].dtype))
-        plgpu.commit_smem()
+    def swing_states(self, refs: Refs) -> None:
+        """Finds by how much the loss grows as what comes after the chunk is turned against the state before it.
 
-        def work(head: Any, refs: Refs, carry: None) -> None:
-            del carry
-            tokens, C, states = refs["tokens"], refs["C"], blocks.transposed(refs["states"])
-            weights, scores = blocks.products(
-                ([(refs["dy"], blocks.transposed(refs["x"]))], None), ([(C, blocks.transposed(refs["B"]))], None)
-            )
-            weights = jnp.where(other <= token, weights * self.decays(tokens), 0.0)
-            passed = weights * scores
-            self.put("own", head, jnp.sum(jnp.where(other == token, passed, 0.0), axis=1))
-            # The last head's sums read "pairs", and products end in each warp by itself.
-            synchronize()
-            store(refs["weights"], weights.astype(C.dtype))
-            store(smem["pairs"], passed.astype(C.dtype))
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(refs["made"])
-            # Row t of the first product: for each s, the sum over the tokens from t.
-            passing, y = blocks.products(([(smem["from_row"], smem["pairs"])], None), ([(C, states)], None))
-            self.put("within", head, jnp.sum(jnp.where(other < token, passing, 0.0), axis=1))
-            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
-            self.put("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
-            across = blocks.product((refs["dstates"], states))
-            self.put("across", head, jnp.sum(jnp.where(row == column, across, 0.0), axis=1))
-
-        self.over_heads(work, turns=("C", self.group_matrix("C")))
-
-    def matrices(self) -> None:
-        """Third warpgroup: loads, and the gradients of B, C and the angles."""
-        gmem, (batch, chunk) = self.gmem, self.at
-
-        def work(head: Any, refs: Refs, dtheta: jax.Array) -> jax.Array:
-            tokens, weights = refs["tokens"], refs["weights"]
-            turn = turning.turn_by(refs["angles"])
-
-            def swing(name: str, gradient: jax.Array) -> jax.Array:
-                return _swing(gradient, blocks.load(refs[name]), turn.cos.shape[1])
-
-            def put(name: str, gradient: jax.Array) -> None:
-                columns = pl.ds(head * self.p.state, self.p.state)
-                target = gmem[f"d{name}"].at[batch, blocks.chunk_rows(chunk), columns]
-                store(target, turning.turned(gradient, turn, back=True).astype(weights.dtype))
-
-            # What goes through the state after the chunk, while the second warpgroup still makes the weights.
-            after = self.states_swing(refs)
-            to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
-            dB = blocks.product((self.weighted(refs["x"], to_end), refs["dstates"]))
-            into_state = swing("B", dB)
-            plgpu.barrier_wait(refs["made"])
-            dB = blocks.product((blocks.transposed(weights), refs["C"]), plus=dB)
-            swings = swing("B", dB)
-            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
-            weighted = self.weighted(refs["dy"], decay)
-            dC, _ = blocks.products(
-                ([(weighted, refs["states"]), (weights, refs["B"])], None), meanwhile=lambda: put("B", dB)
-            )
-            put("C", dC)
-            dangles = self.from_here(swings + swing("C", dC), into_state, weights) - after
-            dangles = dangles * math.pi
-            self.put("dstep_size", head, jnp.sum(dangles * blocks.load(gmem["theta"].at[batch, chunk]), axis=1))
-            step_size = blocks.load(gmem["step_size"].at[batch, self.p.token_head(head), chunk], blocks.ROWS)
-            return dtheta + dangles * blocks.by_row(step_size, self.p.pairs)
-
-        dtheta = plgpu.layout_cast(jnp.zeros((CHUNK, self.p.pairs), jnp.float32), blocks.LAYOUT)
-        dtheta = self.over_heads(work, dtheta)
-        store(gmem["dtheta"].at[self.piece, batch, chunk], dtheta)
-
-    def weighted(self, signal: Any, weight: jax.Array) -> jax.Array:
-        """x or dy, each token times its weight."""
-        return (blocks.load(signal) * blocks.by_row(weight, CHANNELS)).astype(signal.dtype)
-
-    def states_swing(self, refs: Refs) -> jax.Array:
-        """By how much the loss grows as the state before the chunk is turned against what comes after, a number a pair.
-
-        Of dstates^T states two numbers a pair are wanted, those of its two components.
+        Of dstates^T states two numbers a pair are wanted, those of its two components, which go to "partners".
         """
-        state, partners = self.p.state, refs["partners"]
+        state = self.p.state
         row, column = blocks.coordinates((CHUNK, CHUNK))
 
         def tile(name: str, i: int) -> Any:
@@ -332,16 +295,103 @@ class _Block:
             first = (i * CHUNK + state // 2) % state
             for j in sorted({first // CHUNK, (first + CHUNK - 1) % state // CHUNK}):
                 of_tile = blocks.product((blocks.transposed(tile("dstates", i)), tile("states", j)))
-                ahead = j * CHUNK - i * CHUNK
+                ahead = (j - i) * CHUNK
                 is_partner = (column + ahead == row + state // 2) | (column + ahead == row - state // 2)
                 numbers.append(jnp.sum(jnp.where(is_partner, of_tile, 0.0), axis=1))
-            store(partners.at[pl.ds(i * CHUNK, CHUNK)], functools.reduce(operator.add, numbers))
-        synchronize()
-        first, second = (
-            blocks.load(partners.at[pl.ds(start, self.p.pairs)], blocks.COLUMNS) for start in (0, state // 2)
-        )
-        whole = jnp.exp2(refs["tokens"][0, CHUNK - 1])
-        return blocks.by_column((second - first) * whole, CHUNK)
+            store(refs["partners"].at[pl.ds(i * CHUNK, CHUNK)], functools.reduce(operator.add, numbers))
+
+    def slopes(self) -> None:
+        """Second warpgroup: C, what outputs and states say about the decays, and weights for the third."""
+        smem, B, C = self.smem, self.smem["turned_B"], self.smem["turned_C"]
+        row, column = blocks.coordinates((CHUNK, CHUNK))
+        token, other = blocks.token_coordinates(self.p.rank)
+        store(smem["from_row"], jnp.where(column >= row, 1.0, 0.0).astype(smem["from_row"].dtype))
+        plgpu.commit_smem()
+
+        def work(head: Any, refs: Refs, carry: None) -> None:
+            del carry
+            tokens, states = refs["tokens"], blocks.transposed(refs["states"])
+            weights, scores, decays = blocks.products(
+                ([(refs["dy"], blocks.transposed(refs["x"]))], None),
+                ([(C, blocks.transposed(B))], None),
+                meanwhile=functools.partial(blocks.decays, tokens, rank=self.p.rank),
+            )
+            weights = jnp.where(other <= token, weights * decays, 0.0)
+            passed = weights * scores
+            self.put("own", head, jnp.sum(jnp.where(other == token, passed, 0.0), axis=1))
+            # The last head's sums read "pairs", and products end in each warp by itself.
+            synchronize()
+            store(smem["weights"], weights.astype(C.dtype))
+            store(smem["pairs"], passed.astype(C.dtype))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(smem["made"])
+            # Row t of the first product: for each s, the sum over the tokens from t.
+            passing, y = blocks.products(([(smem["from_row"], smem["pairs"])], None), ([(C, states)], None))
+            plgpu.barrier_arrive(smem["used"])
+            self.put("within", head, jnp.sum(jnp.where(other < token, passing, 0.0), axis=1))
+            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
+            self.put("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
+            across = blocks.product((refs["dstates"], states))
+            self.put("across", head, _diagonal(across))
+
+        self.over_heads(work, turns="C")
+
+    def matrices(self) -> None:
+        """Third warpgroup: loads, and the gradients of B, C and the angles."""
+        gmem, smem, (batch, chunk) = self.gmem, self.smem, self.at
+        B, C, weights, buffer = (smem[name] for name in ("turned_B", "turned_C", "weights", "gradient"))
+
+        def work(head: Any, refs: Refs, dtheta: jax.Array) -> jax.Array:
+            tokens = refs["tokens"]
+            turn = turning.turn_by(refs["angles"])
+            pairs = turn.cos.shape[1]
+
+            def put(name: str, gradient: jax.Array) -> None:
+                gradient = turning.turned(gradient, turn, back=True).astype(buffer.dtype)
+                starts = range(0, self.p.state, STATE_UNIT)
+                for tiles in itertools.batched(starts, buffer.shape[0]):
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    for i, start in enumerate(tiles):
+                        store(buffer.at[i], turning.columns(gradient, start, start + STATE_UNIT))
+                    plgpu.commit_smem()
+                    for i, start in enumerate(tiles):
+                        columns = pl.ds(head * self.p.state + start, STATE_UNIT)
+                        target = gmem[f"d{name}"].at[batch, blocks.chunk_rows(chunk), columns]
+                        plgpu.copy_smem_to_gmem(buffer.at[i], target)
+
+            # What goes through the state after the chunk, while the second warpgroup still makes the weights.
+            to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
+            dB = blocks.product((self.weighted(refs["x"], to_end), refs["dstates"]))
+            into_state = _swing(dB, blocks.load(B), pairs)
+            plgpu.barrier_wait(smem["made"])
+            dB = blocks.product((blocks.transposed(weights), C), plus=dB)
+            swings = _swing(dB, blocks.load(B), pairs)
+            dy = self.weighted(refs["dy"], jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS)))
+            dC, _ = blocks.products(([(dy, refs["states"]), (weights, B)], None), meanwhile=lambda: put("B", dB))
+            swings = swings + _swing(dC, blocks.load(C), pairs)
+            plgpu.barrier_arrive(smem["used"])
+            theta = blocks.load(gmem["theta"].at[batch, chunk])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            dangles = self.from_here(swings, into_state, buffer.at[0])
+            put("C", dC)
+            plgpu.barrier_wait(refs["swung"])
+            first, second = (
+                blocks.load(refs["partners"].at[pl.ds(start, pairs)], blocks.COLUMNS)
+                for start in (0, self.p.state // 2)
+            )
+            before = blocks.by_column((first - second) * jnp.exp2(tokens[0, CHUNK - 1]), CHUNK)
+            dangles = (dangles + before) * math.pi
+            self.put("dstep_size", head, jnp.sum(dangles * theta, axis=1))
+            return dtheta + dangles * blocks.by_row(blocks.load(refs["step_size"], blocks.ROWS), pairs)
+
+        dtheta = plgpu.layout_cast(jnp.zeros((CHUNK, self.p.pairs), jnp.float32), blocks.LAYOUT)
+        dtheta = self.over_heads(work, dtheta)
+        store(gmem["dtheta"].at[self.piece, batch, chunk], dtheta)
+        plgpu.wait_smem_to_gmem(0)
+
+    def weighted(self, signal: Any, weight: jax.Array) -> jax.Array:
+        """x or dy, each token times its weight."""
+        return (blocks.load(signal) * blocks.by_row(weight, CHANNELS)).astype(signal.dtype)
 
     def from_here(self, swings: jax.Array, into_state: jax.Array, buffer: Any) -> jax.Array:
         """Sums from each token to the chunk's end, less what all tokens turn of the state after the chunk.
@@ -380,3 +430,9 @@ def _swing(gradient: jax.Array, matrix: jax.Array, pairs: int) -> jax.Array:
     return turning.columns(gradient, *second) * turning.columns(matrix, *first) - turning.columns(
         gradient, *first
     ) * turning.columns(matrix, *second)
+
+
+def _diagonal(matrix: jax.Array) -> jax.Array:
+    """The numbers on a matrix' diagonal, one a row."""
+    row, column = blocks.coordinates(matrix.shape)
+    return jnp.sum(jnp.where(row == column, matrix, 0.0), axis=1)

@@ -35,13 +35,15 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
     }
     if save_states:
         outputs["states"] = p.states_type(dtype)
-    scratch = p.walk_buffers(["B", "C"], "x", dtype)
+    scratch = p.walk_buffers(["B", "C"], "x", dtype) | turning.bias_buffers(p, inputs, ["B", "C"])
     scratch["weights"] = blocks.operand(CHUNK, CHUNK, dtype=dtype)
 
     def forward(gmem: Refs, smem: Refs) -> None:
         block = p.block()
         weights = smem["weights"]
         row, column = blocks.token_coordinates(p.rank)
+        biases = turning.biases(p, gmem, smem, block, ["B", "C"])
+        D = blocks.load(gmem["D"].at[block.head], blocks.ROWS) if "D" in gmem else None
 
         # Tokens are columns here, so that the state, as it leaves a matrix instruction, is ready to enter the next.
         def step(chunk: Any, refs: Refs, release: Any, state: jax.Array) -> jax.Array:
@@ -49,25 +51,27 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
             whole = tokens[0, CHUNK - 1]
             turn = turning.turn_by(refs["angles"])
             for name in ("B", "C"):
-                bias = f"{name}_bias"
-                own_bias = gmem[bias].at[p.token_head(block.head)] if bias in gmem else None
-                turning.turn_into(refs[name], blocks.load_operand(refs[name]), turn, own_bias)
+                turning.turn_into(refs[name], blocks.load_operand(refs[name]), turn, biases[name])
             plgpu.commit_smem()
-            scores = blocks.product((B, C)) * blocks.finite(blocks.decays(tokens, transpose=True, rank=p.rank))
-            store(weights, jnp.where(row <= column, scores, 0.0).astype(dtype))
+
+            def weigh() -> tuple[jax.Array, jax.Array, jax.Array]:
+                x = blocks.load_operand(blocks.transposed(refs["x"]))
+                to_end = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
+                weighted = (x.astype(jnp.float32) * blocks.by_column(to_end, CHANNELS)).astype(dtype)
+                return blocks.decays(tokens, transpose=True, rank=p.rank), x, weighted
+
+            scores, y, (decays, x, weighted) = blocks.products(
+                ([(B, C)], None), ([(state.astype(dtype), C)], None), meanwhile=weigh
+            )
+            store(weights, jnp.where(row <= column, scores * decays, 0.0).astype(dtype))
             plgpu.commit_smem()
             # Of the chunk before.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             release()
 
-            y = blocks.product((state.astype(dtype), C))
             y = y * blocks.by_column(jnp.exp2(blocks.load(tokens.at[0], blocks.COLUMNS)), CHANNELS)
-            to_end = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
-            x = blocks.load_operand(blocks.transposed(refs["x"]))
-            weighted = (x.astype(jnp.float32) * blocks.by_column(to_end, CHANNELS)).astype(dtype)
             y, state = blocks.products(([(x, weights)], y), ([(weighted, B)], state * jnp.exp2(whole)))
-            if "D" in gmem:
-                D = blocks.load(gmem["D"].at[block.head], blocks.ROWS)
+            if D is not None:
                 y = y + x.astype(jnp.float32) * blocks.by_row(D, CHUNK)
             store(blocks.transposed(refs["x"]), y.astype(dtype))
             if save_states:

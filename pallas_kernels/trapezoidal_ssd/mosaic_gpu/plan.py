@@ -17,7 +17,7 @@ MAX_STATE = 192
 """Of one more, the backward kernel's matrices would not fit into shared memory."""
 
 
-def choose(batch: int, chunks: int, heads: int, groups: int, state: int) -> Plan:
+def choose(batch: int, chunks: int, heads: int, groups: int, state: int, pairs: int) -> Plan:
     """Plan of a call.
 
     Args:
@@ -26,8 +26,9 @@ def choose(batch: int, chunks: int, heads: int, groups: int, state: int) -> Plan
         heads: heads of all groups, of ``CHANNELS`` channels each.
         groups: groups of heads.
         state: size of the kernels' state.
+        pairs: angles of a head and token.
     """
-    once, stage = backward.shared_memory(state, state // 2, TOKEN_ROWS + 1)
+    once, stage = backward.shared_memory(state, pairs, TOKEN_ROWS + 1)
     stages = min(2, heads // groups, (_SHARED_MEMORY - once) // stage)
     # With two chunks in shared memory two blocks share a multiprocessor, of a state of 128.
     walk = (1, 2)
