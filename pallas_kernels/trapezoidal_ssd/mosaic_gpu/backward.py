@@ -24,12 +24,15 @@ from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks, slopes, turning
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, STATE_UNIT, Problem
 
-_EVEN_SHARE = 168
-"""Registers of a lane, where three warpgroups have the same."""
-_REGISTERS = {"attention": 152, "slopes": 152, "matrices": 200}
+_EVEN_SHARE = 128
+"""Registers of a lane, where four warpgroups have the same."""
+_REGISTERS = {"attention": 144, "slopes": 136, "matrices": 200, "loads": 32}
 """Of a lane of each warpgroup, by its work. With fewer for the third each matrix instruction waits for the last."""
 # A warpgroup that wants more than the others have left waits for ever.
 assert sum(_REGISTERS.values()) <= len(_REGISTERS) * _EVEN_SHARE
+
+_GRADIENT_TILES = 2
+"""Tiles of a gradient of B or C on their way out at once: more leave no room for large states."""
 
 _STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles", "step_size")
 _STREAMED_IF_THERE = ("D", "B_bias", "C_bias")
@@ -39,13 +42,8 @@ def shared_memory(state: int, pairs: int, token_rows: int) -> tuple[int, int]:
     """Bytes of a block: those that it needs once, and those of each stage."""
     square, matrix = CHUNK * CHUNK * 2, CHUNK * state * 2
     numbers = (token_rows + 1) * CHUNK + CHANNELS + 3 * state
-    once = 4 * square + 4 * matrix + _gradient_tiles(state) * square
+    once = (4 + _GRADIENT_TILES) * square + 4 * matrix
     return once, 2 * square + 2 * matrix + numbers * 4 + CHUNK * pairs * 2
-
-
-def _gradient_tiles(state: int) -> int:
-    """Tiles of a gradient of B or C on their way out at once: more than two leave no room for large states."""
-    return min(2, state // STATE_UNIT)
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: int) -> dict[str, jax.Array]:
@@ -87,7 +85,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         **{name: plgpu.SMEM((stages, inputs[name].shape[1]), jnp.float32) for name in parameters},
         "partners": plgpu.SMEM((stages, p.state), jnp.float32),
         **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C", "turned_B", "turned_C")},
-        "gradient": blocks.operand(_gradient_tiles(p.state), CHUNK, STATE_UNIT, dtype=dtype),
+        "gradient": blocks.operand(_GRADIENT_TILES, CHUNK, STATE_UNIT, dtype=dtype),
         **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("dx", "weights", "pairs", "from_row")},
         "loaded": plgpu.Barrier(num_arrivals=2),
         "full": plgpu.Barrier(num_arrivals=len(_STREAMED) + len(parameters), num_barriers=stages),
@@ -102,12 +100,12 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         _Block(p, splits, stages, gmem, smem).run()
 
     grid = {"group": groups, "batch": p.batch, "chunk": p.chunks, "split": splits}
-    return launch("trapezoidal_ssd", backward, inputs, outputs, scratch, grid, warpgroups=3)
+    return launch("trapezoidal_ssd", backward, inputs, outputs, scratch, grid, warpgroups=len(_REGISTERS))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """What a block does: three warpgroups share the work on a head.
+    """What a block does: three warpgroups share the work on a head, and a fourth loads.
 
     The first makes B, the second C of the head; the second also the weights that the third needs.
     """
@@ -141,20 +139,8 @@ class _Block:
         return lax.axis_index("batch"), lax.axis_index("chunk")
 
     def run(self) -> None:
-        """Starts the first loads and sends each warpgroup to its work."""
+        """Sends each warpgroup to its work."""
         warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == 2)
-        def _() -> None:
-            batch, chunk = self.at
-            columns = pl.ds(lax.axis_index("group") * self.p.state, self.p.state)
-            for name in ("B", "C"):
-                source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns]
-                plgpu.copy_gmem_to_smem(source, self.smem[name], self.smem["loaded"])
-            for i in range(min(self.stages, self.heads)):
-                self.load(i, i)
-
-        plgpu.barrier_wait(self.smem["loaded"])
         for number, (work, registers) in enumerate(_REGISTERS.items()):
             pl.when(warpgroup == number)(functools.partial(self.start, work, registers))
 
@@ -163,6 +149,27 @@ class _Block:
         if registers != _EVEN_SHARE:
             plgpu.set_max_registers(registers, action="increase" if registers > _EVEN_SHARE else "decrease")
         getattr(self, work)()
+
+    def loads(self) -> None:
+        """Fourth warpgroup: loads the group's B and C, and then what belongs to each head."""
+        batch, chunk = self.at
+        columns = pl.ds(lax.axis_index("group") * self.p.state, self.p.state)
+        for name in ("B", "C"):
+            source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns]
+            plgpu.copy_gmem_to_smem(source, self.smem[name], self.smem["loaded"])
+        stages = min(self.stages, self.heads)
+
+        def step(i: Any, carry: None) -> None:
+            del carry
+            slot = lax.rem(i, stages)
+
+            @pl.when(i >= stages)
+            def _() -> None:
+                plgpu.barrier_wait(self.smem["free"].at[slot])
+
+            self.load(i, slot)
+
+        lax.fori_loop(0, self.heads, step, None)
 
     def load(self, i: Any, slot: Any) -> None:
         """Starts the copies of what belongs to the i-th head."""
@@ -187,13 +194,14 @@ class _Block:
         Args:
             work: of a warpgroup. It must arrive at "used" once, when it no longer needs the head's B and C.
             carry: passed from head to head.
-            turns: the matrix that this warpgroup makes for every head; one that makes none loads.
+            turns: the matrix that this warpgroup makes for every head, if it makes one.
         """
         stages = min(self.stages, self.heads)
+        if turns is not None:
+            plgpu.barrier_wait(self.smem["loaded"])
 
         def step(i: Any, carry: Any) -> Any:
             slot, head = lax.rem(i, stages), self.head(i)
-            free = self.smem["free"].at[slot]
             plgpu.barrier_wait(self.smem["full"].at[slot])
             refs = {name: self.smem[name].at[slot] for name in (*self.streamed, "partners", "swung")}
             if turns is not None:
@@ -206,14 +214,7 @@ class _Block:
                 plgpu.barrier_arrive(self.smem["turned"])
             plgpu.barrier_wait(self.smem["turned"])
             carry = work(head, refs, carry)
-            plgpu.barrier_arrive(free)
-            if turns is None and self.heads > stages:
-
-                @pl.when(i + stages < self.heads)
-                def _() -> None:
-                    plgpu.barrier_wait(free)
-                    self.load(i + stages, slot)
-
+            plgpu.barrier_arrive(self.smem["free"].at[slot])
             return carry
 
         carry = lax.fori_loop(0, self.heads, step, carry)
@@ -337,7 +338,7 @@ class _Block:
         self.over_heads(work, turns="C")
 
     def matrices(self) -> None:
-        """Third warpgroup: loads, and the gradients of B, C and the angles."""
+        """Third warpgroup: the gradients of B, C and the angles."""
         gmem, smem, (batch, chunk) = self.gmem, self.smem, self.at
         B, C, weights, buffer = (smem[name] for name in ("turned_B", "turned_C", "weights", "gradient"))
 
@@ -372,7 +373,7 @@ class _Block:
             plgpu.barrier_arrive(smem["used"])
             theta = blocks.load(gmem["theta"].at[batch, chunk])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            dangles = self.from_here(swings, into_state, buffer.at[0])
+            dangles = self.from_here(swings, into_state, buffer)
             put("C", dC)
             plgpu.barrier_wait(refs["swung"])
             first, second = (
@@ -401,20 +402,19 @@ class _Block:
         Args:
             swings: by how much the loss grows as a token's B and C are turned on.
             into_state: the part of it that goes through the state after the chunk.
-            buffer: shared memory for a square matrix.
+            buffer: shared memory for two square matrices.
         """
         pieces, half = [], CHUNK // 2
         all_tokens = plgpu.layout_cast(jnp.full((CHUNK, CHUNK), -1.0, buffer.dtype), blocks.LAYOUT)
         for start in range(0, self.p.pairs, half):
-            sums = None
-            for matrix, terms in ((self.smem["from_row"], swings), (all_tokens, into_state)):
+            synchronize()
+            for i, terms in enumerate((swings, into_state)):
                 some = turning.columns(terms, start, start + half)
                 high = some.astype(buffer.dtype)
                 low = (some - high.astype(jnp.float32)).astype(buffer.dtype)
-                synchronize()
-                store(buffer, jnp.concatenate([high, low], axis=1))
-                plgpu.commit_smem()
-                sums = blocks.product((matrix, buffer), plus=sums)
+                store(buffer.at[i], jnp.concatenate([high, low], axis=1))
+            plgpu.commit_smem()
+            sums = blocks.product((self.smem["from_row"], buffer.at[0]), (all_tokens, buffer.at[1]))
             pieces.append(turning.columns(sums, 0, half) + turning.columns(sums, half, CHUNK))
         return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
 
