@@ -143,28 +143,33 @@ def backward_pass(arrays: Arrays) -> Arrays:
     }
     if "D" in arrays:
         gradients["D"] = call.trim_channels(jnp.sum(results["dD"], axis=1).reshape(call.batch, -1))
-    for name in ("B", "C"):
-        gradients |= _matrix_gradients(call, name, arrays, results[f"d{name}"])
-    return gradients
+    return gradients | _matrix_gradients(call, arrays, results["dmatrices"])
 
 
 _scan = with_backward_pass(forward_pass, backward_pass, parameters=("D", "B_bias", "C_bias"))
 
 
-def _matrix_gradients(call: Call, name: str, arrays: Arrays, by_head: jax.Array) -> Arrays:
-    """Gradients of B or C and of its bias, given those of every head."""
-    length, groups, rank, state = arrays[name].shape[1:]
-    of_groups, of_chunks = heads.sums(by_head, groups, call.state)
-    of_groups = of_groups.reshape(call.batch, -1, rank, groups, call.state)[:, :length]
-    gradients = {name: turning.trim_halves(jnp.swapaxes(of_groups, 2, 3), state)}
-    if f"{name}_bias" in arrays:
-        if rank == 1:
-            of_bias = jnp.sum(of_chunks, axis=1)
-        else:
-            of_bias = jnp.sum(by_head.reshape(call.batch, -1, rank, by_head.shape[2]).astype(jnp.float32), axis=1)
-        of_pieces = of_bias.reshape(call.batch, rank, call.heads, call.pieces, call.state)
-        of_bias = jnp.swapaxes(jnp.sum(of_pieces, axis=3), 1, 2)
-        gradients[f"{name}_bias"] = turning.trim_halves(of_bias, state)
+def _matrix_gradients(call: Call, arrays: Arrays, of_heads: jax.Array) -> Arrays:
+    """Gradients of B, C and their biases, given those of every head's B and C."""
+    length, groups, rank, state = arrays["B"].shape[1:]
+    # One kernel for both, which alone would not keep the memory busy.
+    of_groups, of_chunks = (
+        array.reshape(2, call.batch, *array.shape[1:])
+        for array in heads.sums(of_heads.reshape(-1, *of_heads.shape[2:]), groups, call.state)
+    )
+    gradients = {}
+    for i, name in enumerate(("B", "C")):
+        of_group = of_groups[i].reshape(call.batch, -1, rank, groups, call.state)[:, :length]
+        gradients[name] = turning.trim_halves(jnp.swapaxes(of_group, 2, 3), state)
+        if f"{name}_bias" in arrays:
+            if rank == 1:
+                of_bias = jnp.sum(of_chunks[i], axis=1)
+            else:
+                by_rank = of_heads[i].reshape(call.batch, -1, rank, of_heads.shape[3])
+                of_bias = jnp.sum(by_rank.astype(jnp.float32), axis=1)
+            of_pieces = of_bias.reshape(call.batch, rank, call.heads, call.pieces, call.state)
+            of_bias = jnp.swapaxes(jnp.sum(of_pieces, axis=3), 1, 2)
+            gradients[f"{name}_bias"] = turning.trim_halves(of_bias, state)
     return gradients
 
 

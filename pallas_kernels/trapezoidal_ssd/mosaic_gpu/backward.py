@@ -58,16 +58,14 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         stages: heads in shared memory at once.
 
     Returns:
-        "dx"; "dB" and "dC", (batch, length, heads · state), of every head; "dstep_size", (batch, heads, chunks, CHUNK),
-        and "dtheta", (groups · splits, batch, chunks, CHUNK, pairs), to be summed; with D also "dD", (batch, chunks,
-        heads, CHANNELS), to be summed; and those of ``slopes.names``.
+        "dx"; "dmatrices", (2, batch, length, heads · state), of every head's B and C; "dstep_size", (batch, heads,
+        chunks, CHUNK), and "dtheta", (groups · splits, batch, chunks, CHUNK, pairs), to be summed; with D also "dD",
+        (batch, chunks, heads, CHANNELS), to be summed; and those of ``slopes.names``.
     """
     dtype, groups = inputs["x"].dtype, p.groups
-    matrix = jax.ShapeDtypeStruct((p.batch, p.chunks * CHUNK, p.heads * p.state), dtype)
     outputs: dict[str, Any] = {
         "dx": jax.ShapeDtypeStruct(inputs["x"].shape, dtype),
-        "dB": matrix,
-        "dC": matrix,
+        "dmatrices": jax.ShapeDtypeStruct((2, p.batch, p.chunks * CHUNK, p.heads * p.state), dtype),
         "dtheta": jax.ShapeDtypeStruct((groups * splits, p.batch, p.chunks, CHUNK, p.pairs), jnp.float32),
         "dstep_size": p.tokens_type(),
         **{name: p.tokens_type() for name in slopes.names(own_weights=True)},
@@ -347,7 +345,7 @@ class _Block:
             turn = turning.turn_by(refs["angles"])
             pairs = turn.cos.shape[1]
 
-            def put(name: str, gradient: jax.Array) -> None:
+            def put(matrix: int, gradient: jax.Array) -> None:
                 gradient = turning.turned(gradient, turn, back=True).astype(buffer.dtype)
                 starts = range(0, self.p.state, STATE_UNIT)
                 for tiles in itertools.batched(starts, buffer.shape[0]):
@@ -357,7 +355,7 @@ class _Block:
                     plgpu.commit_smem()
                     for i, start in enumerate(tiles):
                         columns = pl.ds(head * self.p.state + start, STATE_UNIT)
-                        target = gmem[f"d{name}"].at[batch, blocks.chunk_rows(chunk), columns]
+                        target = gmem["dmatrices"].at[matrix, batch, blocks.chunk_rows(chunk), columns]
                         plgpu.copy_smem_to_gmem(buffer.at[i], target)
 
             # What goes through the state after the chunk, while the second warpgroup still makes the weights.
@@ -368,13 +366,13 @@ class _Block:
             dB = blocks.product((blocks.transposed(weights), C), plus=dB)
             swings = _swing(dB, blocks.load(B), pairs)
             dy = self.weighted(refs["dy"], jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS)))
-            dC, _ = blocks.products(([(dy, refs["states"]), (weights, B)], None), meanwhile=lambda: put("B", dB))
+            dC, _ = blocks.products(([(dy, refs["states"]), (weights, B)], None), meanwhile=lambda: put(0, dB))
             swings = swings + _swing(dC, blocks.load(C), pairs)
             plgpu.barrier_arrive(smem["used"])
             theta = blocks.load(gmem["theta"].at[batch, chunk])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             dangles = self.from_here(swings, into_state, buffer)
-            put("C", dC)
+            put(1, dC)
             plgpu.barrier_wait(refs["swung"])
             first, second = (
                 blocks.load(refs["partners"].at[pl.ds(start, pairs)], blocks.COLUMNS)
