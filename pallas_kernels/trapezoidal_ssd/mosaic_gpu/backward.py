@@ -26,7 +26,7 @@ from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, STATE_UNIT, Pr
 
 _EVEN_SHARE = 128
 """Registers of a lane, where four warpgroups have the same."""
-_REGISTERS = {"attention": 144, "slopes": 136, "matrices": 200, "loads": 32}
+_REGISTERS = {"inputs": 144, "attention": 144, "matrices": 200, "loads": 24}
 """Of a lane of each warpgroup, by its work. With fewer for the third each matrix instruction waits for the last."""
 # A warpgroup that wants more than the others have left waits for ever.
 assert sum(_REGISTERS.values()) <= len(_REGISTERS) * _EVEN_SHARE
@@ -35,6 +35,7 @@ _GRADIENT_TILES = 2
 """Tiles of a gradient of B or C on their way out at once: more leave no room for large states."""
 
 _STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles", "step_size")
+_SLOPES = slopes.names(own_weights=True)
 _STREAMED_IF_THERE = ("D", "B_bias", "C_bias")
 
 
@@ -59,8 +60,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
 
     Returns:
         "dx"; "dmatrices", (2, batch, length, heads · state), of every head's B and C; "dstep_size", (batch, heads,
-        chunks, CHUNK), and "dtheta", (groups · splits, batch, chunks, CHUNK, pairs), to be summed; with D also "dD",
-        (batch, chunks, heads, CHANNELS), to be summed; and those of ``slopes.names``.
+        chunks, CHUNK); "dtheta", (groups · splits, batch, chunks, CHUNK, pairs), to be summed; "slopes", (batch, heads,
+        chunks, …, CHUNK), the fields of ``Slopes``; and with D "dD", (batch, chunks, heads, CHANNELS), to be summed.
     """
     dtype, groups = inputs["x"].dtype, p.groups
     outputs: dict[str, Any] = {
@@ -68,7 +69,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         "dmatrices": jax.ShapeDtypeStruct((2, p.batch, p.chunks * CHUNK, p.heads * p.state), dtype),
         "dtheta": jax.ShapeDtypeStruct((groups * splits, p.batch, p.chunks, CHUNK, p.pairs), jnp.float32),
         "dstep_size": p.tokens_type(),
-        **{name: p.tokens_type() for name in slopes.names(own_weights=True)},
+        "slopes": jax.ShapeDtypeStruct((p.batch, p.heads, p.chunks, len(_SLOPES), CHUNK), jnp.float32),
     }
     if "D" in inputs:
         outputs["dD"] = jax.ShapeDtypeStruct((p.batch, p.chunks, p.heads, CHANNELS), jnp.float32)
@@ -84,13 +85,14 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         "partners": plgpu.SMEM((stages, p.state), jnp.float32),
         **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C", "turned_B", "turned_C")},
         "gradient": blocks.operand(_GRADIENT_TILES, CHUNK, STATE_UNIT, dtype=dtype),
-        **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("dx", "weights", "pairs", "from_row")},
+        **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("attention", "weights", "passed", "from_row")},
         "loaded": plgpu.Barrier(num_arrivals=2),
         "full": plgpu.Barrier(num_arrivals=len(_STREAMED) + len(parameters), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         "turned": plgpu.Barrier(num_arrivals=2),
         "used": plgpu.Barrier(num_arrivals=3),
         "made": plgpu.Barrier(),
+        "sent": plgpu.Barrier(),
         "swung": plgpu.Barrier(num_barriers=stages),
     }
 
@@ -105,7 +107,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
 class _Block:
     """What a block does: three warpgroups share the work on a head, and a fourth loads.
 
-    The first makes B, the second C of the head; the second also the weights that the third needs.
+    The first makes B, the second C of the head; the second also the attention and the weights that the others need.
     """
 
     p: Problem
@@ -233,46 +235,49 @@ class _Block:
             return refs[name]
         return self.gmem[name].at[self.p.token_head(head)] if name in self.gmem else None
 
-    def put(self, name: str, head: Any, numbers: jax.Array) -> None:
-        """Writes a number a token of a head."""
+    def put_slope(self, name: str, head: Any, numbers: jax.Array) -> None:
+        """Writes a number a token of a head, one of ``Slopes``."""
         batch, chunk = self.at
-        store(self.gmem[name].at[batch, head, chunk], numbers)
+        store(self.gmem["slopes"].at[batch, head, chunk, _SLOPES.index(name)], numbers)
 
-    def attention(self) -> None:
-        """First warpgroup: B, dx, and what inputs say about the decays. Rows are the tokens that were added."""
+    def inputs(self) -> None:
+        """First warpgroup: B, dx, and what inputs and states say about the decays. A row is a token that was added."""
         gmem, smem, (batch, chunk) = self.gmem, self.smem, self.at
-        row, column = blocks.token_coordinates(self.p.rank)
 
         def work(head: Any, refs: Refs, carry: None) -> None:
             del carry
-            tokens, B = refs["tokens"], smem["turned_B"]
-            decays = functools.partial(blocks.decays, tokens, transpose=True, rank=self.p.rank)
-            scores, decays = blocks.products(([(B, blocks.transposed(smem["turned_C"]))], None), meanwhile=decays)
-            weights = jnp.where(row <= column, scores * decays, 0.0).astype(B.dtype)
-            from_state, within = blocks.products(
-                ([(B, blocks.transposed(refs["dstates"]))], None), ([(weights, refs["dy"])], None)
-            )
-            plgpu.barrier_arrive(smem["used"])
-            x = blocks.load(refs["x"])
-            decay = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[0], blocks.ROWS))
-            from_state = from_state * blocks.by_row(decay, CHANNELS)
-            self.put("to_end", head, jnp.sum(x * from_state, axis=1))
-            self.put("to_outputs", head, jnp.sum(x * within, axis=1))
-            dx = within + from_state * blocks.by_row(blocks.load(tokens.at[2], blocks.ROWS), CHANNELS)
-            if "D" in gmem:
-                dy = blocks.load(refs["dy"])
-                dx = dx + dy * blocks.by_column(blocks.load(refs["D"], blocks.COLUMNS), CHUNK)
+            tokens, buffer = refs["tokens"], smem["attention"]
+            # The last head's dx has left the place of this one's attention.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            store(smem["dx"], dx.astype(B.dtype))
-            plgpu.commit_smem()
-            target = gmem["dx"].at[batch, blocks.chunk_rows(chunk), blocks.head_channels(head)]
-            plgpu.copy_smem_to_gmem(smem["dx"], target)
+            plgpu.barrier_arrive(smem["sent"])
+            from_state = blocks.product((smem["turned_B"], blocks.transposed(refs["dstates"])))
+            plgpu.barrier_arrive(smem["used"])
+            # While the second warpgroup still makes the attention.
             self.swing_states(refs)
             plgpu.barrier_arrive(refs["swung"])
+            across = blocks.product((refs["dstates"], blocks.transposed(refs["states"])))
+            self.put_slope("across", head, _diagonal(across))
             if "dD" in gmem:
                 # To add columns up over lanes and warps would take three times as many instructions.
                 products = blocks.product((blocks.transposed(refs["dy"]), refs["x"]))
                 store(gmem["dD"].at[batch, chunk, head], _diagonal(products))
+            decay = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[0], blocks.ROWS))
+            from_state = from_state * blocks.by_row(decay, CHANNELS)
+            x = blocks.load(refs["x"])
+            self.put_slope("to_end", head, jnp.sum(x * from_state, axis=1))
+            plgpu.barrier_wait(smem["made"])
+            within = blocks.product((blocks.transposed(buffer), refs["dy"]))
+            self.put_slope("to_outputs", head, jnp.sum(x * within, axis=1))
+            dx = within + from_state * blocks.by_row(blocks.load(tokens.at[2], blocks.ROWS), CHANNELS)
+            if "D" in gmem:
+                dy = blocks.load(refs["dy"])
+                dx = dx + dy * blocks.by_column(blocks.load(refs["D"], blocks.COLUMNS), CHUNK)
+            # The product reads the buffer, and ends in each warp by itself.
+            synchronize()
+            store(buffer, dx.astype(buffer.dtype))
+            plgpu.commit_smem()
+            target = gmem["dx"].at[batch, blocks.chunk_rows(chunk), blocks.head_channels(head)]
+            plgpu.copy_smem_to_gmem(buffer, target)
 
         self.over_heads(work, turns="B")
         plgpu.wait_smem_to_gmem(0)
@@ -299,8 +304,8 @@ class _Block:
                 numbers.append(jnp.sum(jnp.where(is_partner, of_tile, 0.0), axis=1))
             store(refs["partners"].at[pl.ds(i * CHUNK, CHUNK)], functools.reduce(operator.add, numbers))
 
-    def slopes(self) -> None:
-        """Second warpgroup: C, what outputs and states say about the decays, and weights for the third."""
+    def attention(self) -> None:
+        """Second warpgroup: C, the attention, weights, and what outputs say about the decays."""
         smem, B, C = self.smem, self.smem["turned_B"], self.smem["turned_C"]
         row, column = blocks.coordinates((CHUNK, CHUNK))
         token, other = blocks.token_coordinates(self.p.rank)
@@ -309,29 +314,31 @@ class _Block:
 
         def work(head: Any, refs: Refs, carry: None) -> None:
             del carry
-            tokens, states = refs["tokens"], blocks.transposed(refs["states"])
+            tokens = refs["tokens"]
             weights, scores, decays = blocks.products(
                 ([(refs["dy"], blocks.transposed(refs["x"]))], None),
                 ([(C, blocks.transposed(B))], None),
                 meanwhile=functools.partial(blocks.decays, tokens, rank=self.p.rank),
             )
+            attention = jnp.where(other <= token, scores * decays, 0.0)
             weights = jnp.where(other <= token, weights * decays, 0.0)
             passed = weights * scores
-            self.put("own", head, jnp.sum(jnp.where(other == token, passed, 0.0), axis=1))
-            # The last head's sums read "pairs", and products end in each warp by itself.
+            self.put_slope("own", head, jnp.sum(jnp.where(other == token, passed, 0.0), axis=1))
+            # The last head's sums read "passed", and products end in each warp by itself.
             synchronize()
-            store(smem["weights"], weights.astype(C.dtype))
-            store(smem["pairs"], passed.astype(C.dtype))
+            plgpu.barrier_wait(smem["sent"])
+            for name, matrix in (("attention", attention), ("weights", weights), ("passed", passed)):
+                store(smem[name], matrix.astype(C.dtype))
             plgpu.commit_smem()
             plgpu.barrier_arrive(smem["made"])
             # Row t of the first product: for each s, the sum over the tokens from t.
-            passing, y = blocks.products(([(smem["from_row"], smem["pairs"])], None), ([(C, states)], None))
+            passing, y = blocks.products(
+                ([(smem["from_row"], smem["passed"])], None), ([(C, blocks.transposed(refs["states"]))], None)
+            )
             plgpu.barrier_arrive(smem["used"])
-            self.put("within", head, jnp.sum(jnp.where(other < token, passing, 0.0), axis=1))
+            self.put_slope("within", head, jnp.sum(jnp.where(other < token, passing, 0.0), axis=1))
             decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
-            self.put("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
-            across = blocks.product((refs["dstates"], states))
-            self.put("across", head, _diagonal(across))
+            self.put_slope("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
 
         self.over_heads(work, turns="C")
 
@@ -380,7 +387,7 @@ class _Block:
             )
             before = blocks.by_column((first - second) * jnp.exp2(tokens[0, CHUNK - 1]), CHUNK)
             dangles = (dangles + before) * math.pi
-            self.put("dstep_size", head, jnp.sum(dangles * theta, axis=1))
+            store(gmem["dstep_size"].at[batch, head, chunk], jnp.sum(dangles * theta, axis=1))
             return dtheta + dangles * blocks.by_row(blocks.load(refs["step_size"], blocks.ROWS), pairs)
 
         dtheta = plgpu.layout_cast(jnp.zeros((CHUNK, self.p.pairs), jnp.float32), blocks.LAYOUT)
