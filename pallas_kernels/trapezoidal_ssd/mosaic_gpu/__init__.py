@@ -150,12 +150,12 @@ _scan = with_backward_pass(forward_pass, backward_pass, parameters=("D", "B_bias
 
 
 def _matrix_gradients(call: Call, arrays: Arrays, of_heads: jax.Array) -> Arrays:
-    """Gradients of B, C and their biases, given those of every head's B and C."""
+    """Gradients of B, C and their biases, given those of every head's B and C, cut as the backward kernel does."""
     length, groups, rank, state = arrays["B"].shape[1:]
     # One kernel for both, which alone would not keep the memory busy.
     of_groups, of_chunks = (
         array.reshape(2, call.batch, *array.shape[1:])
-        for array in heads.sums(of_heads.reshape(-1, *of_heads.shape[2:]), groups, call.state)
+        for array in heads.sums(of_heads.reshape(-1, *of_heads.shape[2:]), groups)
     )
     gradients = {}
     for i, name in enumerate(("B", "C")):
@@ -165,8 +165,8 @@ def _matrix_gradients(call: Call, arrays: Arrays, of_heads: jax.Array) -> Arrays
             if rank == 1:
                 of_bias = jnp.sum(of_chunks[i], axis=1)
             else:
-                by_rank = of_heads[i].reshape(call.batch, -1, rank, of_heads.shape[3])
-                of_bias = jnp.sum(by_rank.astype(jnp.float32), axis=1)
+                by_rank = of_heads[i].reshape(*of_heads.shape[1:5], -1, rank, of_heads.shape[-1])
+                of_bias = jnp.moveaxis(jnp.sum(by_rank.astype(jnp.float32), axis=(1, 4)), 3, 1)
             of_pieces = of_bias.reshape(call.batch, rank, call.heads, call.pieces, call.state)
             of_bias = jnp.swapaxes(jnp.sum(of_pieces, axis=3), 1, 2)
             gradients[f"{name}_bias"] = turning.trim_halves(of_bias, state)

@@ -26,7 +26,7 @@ from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, STATE_UNIT, Pr
 
 _EVEN_SHARE = 128
 """Registers of a lane, where four warpgroups have the same."""
-_REGISTERS = {"inputs": 144, "attention": 144, "matrices": 200, "loads": 24}
+_REGISTERS = {"inputs": 120, "attention": 152, "matrices": 216, "loads": 24}
 """Of a lane of each warpgroup, by its work. With fewer for the third each matrix instruction waits for the last."""
 # A warpgroup that wants more than the others have left waits for ever.
 assert sum(_REGISTERS.values()) <= len(_REGISTERS) * _EVEN_SHARE
@@ -59,14 +59,17 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         stages: heads in shared memory at once.
 
     Returns:
-        "dx"; "dmatrices", (2, batch, length, heads · state), of every head's B and C; "dstep_size", (batch, heads,
-        chunks, CHUNK); "dtheta", (groups · splits, batch, chunks, CHUNK, pairs), to be summed; "slopes", (batch, heads,
-        chunks, …, CHUNK), the fields of ``Slopes``; and with D "dD", (batch, chunks, heads, CHANNELS), to be summed.
+        "dx"; "dmatrices", (2, batch, chunks, heads, tiles, CHUNK, STATE_UNIT), of every head's B and C; "dstep_size",
+        (batch, heads, chunks, CHUNK); "dtheta", (groups · splits, batch, chunks, CHUNK, pairs), to be summed; "slopes",
+        (batch, heads, chunks, …, CHUNK), the fields of ``Slopes``; and perhaps "dD", (batch, chunks, heads, CHANNELS),
+        to be summed.
     """
     dtype, groups = inputs["x"].dtype, p.groups
     outputs: dict[str, Any] = {
         "dx": jax.ShapeDtypeStruct(inputs["x"].shape, dtype),
-        "dmatrices": jax.ShapeDtypeStruct((2, p.batch, p.chunks * CHUNK, p.heads * p.state), dtype),
+        "dmatrices": jax.ShapeDtypeStruct(
+            (2, p.batch, p.chunks, p.heads, p.state // STATE_UNIT, CHUNK, STATE_UNIT), dtype
+        ),
         "dtheta": jax.ShapeDtypeStruct((groups * splits, p.batch, p.chunks, CHUNK, p.pairs), jnp.float32),
         "dstep_size": p.tokens_type(),
         "slopes": jax.ShapeDtypeStruct((p.batch, p.heads, p.chunks, len(_SLOPES), CHUNK), jnp.float32),
@@ -354,16 +357,15 @@ class _Block:
 
             def put(matrix: int, gradient: jax.Array) -> None:
                 gradient = turning.turned(gradient, turn, back=True).astype(buffer.dtype)
-                starts = range(0, self.p.state, STATE_UNIT)
-                for tiles in itertools.batched(starts, buffer.shape[0]):
+                for tiles in itertools.batched(range(self.p.state // STATE_UNIT), buffer.shape[0]):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    for i, start in enumerate(tiles):
-                        store(buffer.at[i], turning.columns(gradient, start, start + STATE_UNIT))
+                    for place, tile in enumerate(tiles):
+                        columns = turning.columns(gradient, tile * STATE_UNIT, (tile + 1) * STATE_UNIT)
+                        store(buffer.at[place], columns)
                     plgpu.commit_smem()
-                    for i, start in enumerate(tiles):
-                        columns = pl.ds(head * self.p.state + start, STATE_UNIT)
-                        target = gmem["dmatrices"].at[matrix, batch, blocks.chunk_rows(chunk), columns]
-                        plgpu.copy_smem_to_gmem(buffer.at[i], target)
+                    for place, tile in enumerate(tiles):
+                        target = gmem["dmatrices"].at[matrix, batch, chunk, head, tile]
+                        plgpu.copy_smem_to_gmem(buffer.at[place], target)
 
             # What goes through the state after the chunk, while the second warpgroup still makes the weights.
             to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
@@ -415,9 +417,10 @@ class _Block:
             synchronize()
             for i, terms in enumerate((swings, into_state)):
                 some = turning.columns(terms, start, start + half)
-                high = some.astype(buffer.dtype)
-                low = (some - high.astype(jnp.float32)).astype(buffer.dtype)
-                store(buffer.at[i], jnp.concatenate([high, low], axis=1))
+                # The first 16 bits of a float32 are a bfloat16.
+                bits = lax.bitcast_convert_type(some, jnp.int32) & ~0xFFFF
+                high = lax.bitcast_convert_type(bits, jnp.float32)
+                store(buffer.at[i], jnp.concatenate([high, some - high], axis=1).astype(buffer.dtype))
             plgpu.commit_smem()
             sums = blocks.product((self.smem["from_row"], buffer.at[0]), (all_tokens, buffer.at[1]))
             pieces.append(turning.columns(sums, 0, half) + turning.columns(sums, half, CHUNK))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float
 
-from pallas_kernels.mosaic_gpu_compat import LANES, WARPS, plgpu, register_tile, store
+from pallas_kernels.mosaic_gpu_compat import LANES, WARPS, plgpu, register_tile, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK, STATE_UNIT
@@ -25,50 +25,59 @@ _TILE = register_tile(
     [(_ROWS, STATE_UNIT), (_ROWS, _COLUMNS), (1, _VECTOR)], warp_dims=(-5,), lane_dims=(-4, -3), vector_dim=-1
 )
 """Sixteen bytes a lane, and a column within a warp, so that its sum stays there."""
+_STAGES = 4
+"""Heads in shared memory at once."""
 
 
 def sums(
-    by_head: BFloat16[Array, "batch length columns_of_heads"], groups: int, state: int
+    by_head: BFloat16[Array, "batch chunks heads tiles 64 64"], groups: int
 ) -> tuple[Float[Array, "batch length columns_of_groups"], Float[Array, "batch chunks columns_of_heads"]]:
     """Returns the sums over the heads of each group, and over the tokens of each chunk.
 
     Args:
-        by_head: of all heads, one after the other, those of a group in a row; whole chunks.
+        by_head: of all heads, one after the other, those of a group in a row; tiles of 64 columns.
         groups: groups of heads.
-        state: columns of a head.
     """
-    batch, length, width = by_head.shape
-    members, tiles = width // state // groups, state // STATE_UNIT
+    batch, chunks, all_heads, tiles, _, _ = by_head.shape
+    members, state = all_heads // groups, tiles * STATE_UNIT
+    stages = min(_STAGES, members)
     outputs = {
-        "of_groups": jax.ShapeDtypeStruct((batch, length, groups * state), jnp.float32),
-        "of_chunks": jax.ShapeDtypeStruct((batch, length // CHUNK, width), jnp.float32),
+        "of_groups": jax.ShapeDtypeStruct((batch, chunks * CHUNK, groups * state), jnp.float32),
+        "of_chunks": jax.ShapeDtypeStruct((batch, chunks, all_heads * state), jnp.float32),
+    }
+    scratch = {
+        "tiles": plgpu.SMEM((stages, CHUNK, STATE_UNIT), by_head.dtype),
+        "full": plgpu.Barrier(num_barriers=stages),
     }
 
     def sum_heads(gmem: Refs, smem: Refs) -> None:
-        del smem
         batch, chunk, place = (lax.axis_index(name) for name in ("batch", "chunk", "place"))
         group, tile = place // tiles, lax.rem(place, tiles)
-        rows = blocks.chunk_rows(chunk)
 
         def columns(head: Any) -> Any:
             return pl.ds(head * state + tile * STATE_UNIT, STATE_UNIT)
 
-        def load(member: Any) -> jax.Array:
-            return blocks.load_operand(gmem["by_head"].at[batch, rows, columns(group * members + member)], _TILE)
+        def load(member: Any, slot: Any) -> None:
+            source = gmem["by_head"].at[batch, chunk, group * members + member, tile]
+            plgpu.copy_gmem_to_smem(source, smem["tiles"].at[slot], smem["full"].at[slot])
 
-        def step(member: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            total, loaded = carry
-            # The next one is on its way while this one is added up.
-            following = load(jnp.minimum(member + 1, members - 1))
+        def step(member: Any, total: jax.Array) -> jax.Array:
+            slot = lax.rem(member, stages)
+            plgpu.barrier_wait(smem["full"].at[slot])
+            gradient = blocks.load(smem["tiles"].at[slot], _TILE)
+            synchronize()
+            pl.when(member + stages < members)(lambda: load(member + stages, slot))
             # The cast makes it as invariant over a mesh's axes as zeros are.
-            gradient = plgpu.layout_cast(loaded.astype(jnp.float32), _TILE)
+            gradient = plgpu.layout_cast(gradient, _TILE)
             store(gmem["of_chunks"].at[batch, chunk, columns(group * members + member)], jnp.sum(gradient, axis=0))
-            return total + gradient, following
+            return total + gradient
 
+        for i in range(stages):
+            load(i, i)
         zeros = plgpu.layout_cast(jnp.zeros((CHUNK, STATE_UNIT), jnp.float32), _TILE)
-        total, _ = lax.fori_loop(0, members, step, (zeros, load(0)))
-        store(gmem["of_groups"].at[batch, rows, columns(group)], total)
+        total = lax.fori_loop(0, members, step, zeros)
+        store(gmem["of_groups"].at[batch, blocks.chunk_rows(chunk), columns(group)], total)
 
-    grid = {"batch": batch, "chunk": length // CHUNK, "place": groups * tiles}
-    results = launch("trapezoidal_ssd", sum_heads, {"by_head": by_head}, outputs, {}, grid)
+    grid = {"batch": batch, "chunk": chunks, "place": groups * tiles}
+    results = launch("trapezoidal_ssd", sum_heads, {"by_head": by_head}, outputs, scratch, grid)
     return results["of_groups"], results["of_chunks"]
