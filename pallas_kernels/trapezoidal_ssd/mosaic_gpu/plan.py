@@ -1,4 +1,4 @@
-"""How a call is cut: as the SSD operator's, but that heads have a B and C of their own."""
+"""How a call is cut: as the SSD operator's, but that a block walks with one head, whose B and C are its own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import dataclasses
 from pallas_kernels.mosaic_gpu_compat import MAX_SHARED_MEMORY
 from pallas_kernels.ssd.mosaic_gpu import plan as ssd_plan
 from pallas_kernels.ssd.mosaic_gpu.blocks import TOKEN_ROWS
-from pallas_kernels.ssd.mosaic_gpu.plan import MULTIPROCESSORS, Plan
-from pallas_kernels.trapezoidal_ssd.mosaic_gpu import backward, forward
+from pallas_kernels.ssd.mosaic_gpu.plan import Plan
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu import backward
 
 _SHARED_MEMORY = MAX_SHARED_MEMORY - 2048
 """Bytes of a block, less what barriers and reductions may take."""
@@ -30,9 +30,7 @@ def choose(batch: int, chunks: int, heads: int, groups: int, state: int, pairs: 
     """
     once, stage = backward.shared_memory(state, pairs, TOKEN_ROWS + 1)
     stages = min(2, heads // groups, (_SHARED_MEMORY - once) // stage)
-    chosen = ssd_plan.choose(batch, chunks, heads, groups, state)
-    # With two chunks in shared memory two blocks of the walk for the states share a multiprocessor, of a state of 128.
+    # With two chunks in shared memory two blocks share a multiprocessor, of a state of 128.
     walk = (1, 2)
-    two_fit = forward.shared_memory(2, 2, state, pairs, TOKEN_ROWS + 1) <= _SHARED_MEMORY
-    two = two_fit and heads > groups and batch * heads * chosen.parts > MULTIPROCESSORS
-    return dataclasses.replace(chosen, forward=(2 if two else 1, 2), states=walk, stages=stages)
+    chosen = ssd_plan.choose(batch, chunks, heads, groups, state)
+    return dataclasses.replace(chosen, forward=walk, states=walk, stages=stages)
