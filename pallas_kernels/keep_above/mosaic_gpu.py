@@ -21,9 +21,6 @@ from pallas_kernels.keep_above.inputs import Inputs
 from pallas_kernels.mosaic_gpu_compat import missing_hardware, plgpu, store
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 
-ON_TRIAL = True
-"""The kernel has not run on a GPU yet."""
-
 _TOKENS, _CHANNELS = 32, 256
 """Of a tile; a bulk copy takes no more than 256 along a dimension."""
 _VECTOR = 2

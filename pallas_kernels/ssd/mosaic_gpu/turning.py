@@ -20,8 +20,6 @@ from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK, Block, Problem
 
 FULL_TURN = 2**16
 """Angles are 16-bit integers that wrap at a full turn."""
-_BITS_OF_BASE = 0x4B000000
-"""Those of 2^23 in float32, whose last bit is worth one."""
 
 
 class Turn(NamedTuple):
@@ -33,10 +31,7 @@ class Turn(NamedTuple):
 
 def turn_by(angles: Any) -> Turn:
     """Loads a chunk's angles."""
-    # The bits of 2^23 and the angle on top, which make a float32 without the slow unit that converts integers. A full
-    # turn more where the integer was negative does not matter.
-    bits = (blocks.load_operand(angles).astype(jnp.int32) & (FULL_TURN - 1)) | _BITS_OF_BASE
-    angle = (lax.bitcast_convert_type(bits, jnp.float32) - 2.0**23) * (2 * math.pi / FULL_TURN)
+    angle = blocks.load(angles) * (2 * math.pi / FULL_TURN)
     return Turn(jnp.cos(angle), jnp.sin(angle))
 
 

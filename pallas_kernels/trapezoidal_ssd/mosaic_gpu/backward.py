@@ -26,7 +26,7 @@ from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, STATE_UNIT, Pr
 
 _EVEN_SHARE = 128
 """Registers of a lane, where four warpgroups have the same."""
-_REGISTERS = {"inputs": 120, "attention": 152, "matrices": 216, "loads": 24}
+_REGISTERS = {"inputs": 128, "attention": 152, "matrices": 208, "loads": 24}
 """Of a lane of each warpgroup, by its work. With fewer for the third each matrix instruction waits for the last."""
 # A warpgroup that wants more than the others have left waits for ever.
 assert sum(_REGISTERS.values()) <= len(_REGISTERS) * _EVEN_SHARE
