@@ -20,7 +20,7 @@ from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK
 from pallas_kernels.ssd.mosaic_gpu.call import Call
 from pallas_kernels.trapezoidal_ssd import ranks, weights
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
-from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles, backward, forward, heads, plan, turning
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles, backward, forward, plan, sum_heads, turning
 
 
 def unsupported_reason(
@@ -155,7 +155,7 @@ def _matrix_gradients(call: Call, arrays: Arrays, of_heads: jax.Array) -> Arrays
     # One kernel for both, which alone would not keep the memory busy.
     of_groups, of_chunks = (
         array.reshape(2, call.batch, *array.shape[1:])
-        for array in heads.sums(of_heads.reshape(-1, *of_heads.shape[2:]), groups)
+        for array in sum_heads.sums(of_heads.reshape(-1, *of_heads.shape[2:]), groups)
     )
     gradients = {}
     for i, name in enumerate(("B", "C")):

@@ -23,20 +23,20 @@ from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks, slopes, turning
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, STATE_UNIT, Problem
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu.head_by_head import STREAMED, STREAMED_IF_THERE, HeadByHead
 
 _EVEN_SHARE = 128
 """Registers of a lane, where four warpgroups have the same."""
 _REGISTERS = {"inputs": 128, "attention": 152, "matrices": 208, "loads": 24}
-"""Of a lane of each warpgroup, by its work. With fewer for the third each matrix instruction waits for the last."""
+"""Of a lane of each warpgroup, by its work. What does not fit is spilled, and beside so much shared memory there is
+hardly a cache for it: 16 fewer for the second took 14 % longer."""
 # A warpgroup that wants more than the others have left waits for ever.
 assert sum(_REGISTERS.values()) <= len(_REGISTERS) * _EVEN_SHARE
 
 _GRADIENT_TILES = 2
 """Tiles of a gradient of B or C on their way out at once: more leave no room for large states."""
 
-_STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles", "step_size")
 _SLOPES = slopes.names(own_weights=True)
-_STREAMED_IF_THERE = ("D", "B_bias", "C_bias")
 
 
 def shared_memory(state: int, pairs: int, token_rows: int) -> tuple[int, int]:
@@ -77,7 +77,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
     if "D" in inputs:
         outputs["dD"] = jax.ShapeDtypeStruct((p.batch, p.chunks, p.heads, CHANNELS), jnp.float32)
     # A bias of every row of a chunk would not fit.
-    parameters = [name for name in _STREAMED_IF_THERE if name in inputs and inputs[name].ndim == 2]
+    parameters = [name for name in STREAMED_IF_THERE if name in inputs and inputs[name].ndim == 2]
     scratch = {
         **{name: blocks.operand(stages, CHUNK, CHANNELS, dtype=dtype) for name in ("x", "dy")},
         **{name: blocks.operand(stages, CHANNELS, p.state, dtype=dtype) for name in ("states", "dstates")},
@@ -90,7 +90,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         "gradient": blocks.operand(_GRADIENT_TILES, CHUNK, STATE_UNIT, dtype=dtype),
         **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("attention", "weights", "passed", "from_row")},
         "loaded": plgpu.Barrier(num_arrivals=2),
-        "full": plgpu.Barrier(num_arrivals=len(_STREAMED) + len(parameters), num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=len(STREAMED) + len(parameters), num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         "turned": plgpu.Barrier(num_arrivals=2),
         "used": plgpu.Barrier(num_arrivals=3),
@@ -107,39 +107,11 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
+class _Block(HeadByHead):
     """What a block does: three warpgroups share the work on a head, and a fourth loads.
 
     The first makes B, the second C of the head; the second also the attention and the weights that the others need.
     """
-
-    p: Problem
-    splits: int
-    stages: int
-    gmem: Refs
-    smem: Refs
-
-    @property
-    def streamed(self) -> tuple[str, ...]:
-        """What is loaded for each head."""
-        return tuple(name for name in (*_STREAMED, *_STREAMED_IF_THERE) if name in self.smem)
-
-    @property
-    def heads(self) -> int:
-        return self.p.heads_per_group // self.splits
-
-    def head(self, i: Any) -> Any:
-        """The block's i-th head."""
-        return self.piece * self.heads + i
-
-    @property
-    def piece(self) -> Any:
-        """Which of the pieces of all heads the block has."""
-        return lax.axis_index("group") * self.splits + lax.axis_index("split")
-
-    @property
-    def at(self) -> tuple[Any, Any]:
-        return lax.axis_index("batch"), lax.axis_index("chunk")
 
     def run(self) -> None:
         """Sends each warpgroup to its work."""
@@ -152,91 +124,6 @@ class _Block:
         if registers != _EVEN_SHARE:
             plgpu.set_max_registers(registers, action="increase" if registers > _EVEN_SHARE else "decrease")
         getattr(self, work)()
-
-    def loads(self) -> None:
-        """Fourth warpgroup: loads the group's B and C, and then what belongs to each head."""
-        batch, chunk = self.at
-        columns = pl.ds(lax.axis_index("group") * self.p.state, self.p.state)
-        for name in ("B", "C"):
-            source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns]
-            plgpu.copy_gmem_to_smem(source, self.smem[name], self.smem["loaded"])
-        stages = min(self.stages, self.heads)
-
-        def step(i: Any, carry: None) -> None:
-            del carry
-            slot = lax.rem(i, stages)
-
-            @pl.when(i >= stages)
-            def _() -> None:
-                plgpu.barrier_wait(self.smem["free"].at[slot])
-
-            self.load(i, slot)
-
-        lax.fori_loop(0, self.heads, step, None)
-
-    def load(self, i: Any, slot: Any) -> None:
-        """Starts the copies of what belongs to the i-th head."""
-        (batch, chunk), head = self.at, self.head(i)
-        for name in self.streamed:
-            match name:
-                case "x" | "dy":
-                    source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), blocks.head_channels(head)]
-                case "D":
-                    source = self.gmem[name].at[head]
-                case "B_bias" | "C_bias":
-                    source = self.gmem[name].at[self.p.token_head(head)]
-                case "states" | "dstates":
-                    source = self.gmem[name].at[batch, head, chunk]
-                case _:
-                    source = self.gmem[name].at[batch, self.p.token_head(head), chunk]
-            plgpu.copy_gmem_to_smem(source, self.smem[name].at[slot], self.smem["full"].at[slot])
-
-    def over_heads(self, work: Any, carry: Any = None, *, turns: str | None = None) -> Any:
-        """Calls ``work(head, refs, carry) -> carry`` for each head, with references to what belongs to it.
-
-        Args:
-            work: of a warpgroup. It must arrive at "used" once, when it no longer needs the head's B and C.
-            carry: passed from head to head.
-            turns: the matrix that this warpgroup makes for every head, if it makes one.
-        """
-        stages = min(self.stages, self.heads)
-        if turns is not None:
-            plgpu.barrier_wait(self.smem["loaded"])
-
-        def step(i: Any, carry: Any) -> Any:
-            slot, head = lax.rem(i, stages), self.head(i)
-            plgpu.barrier_wait(self.smem["full"].at[slot])
-            refs = {name: self.smem[name].at[slot] for name in (*self.streamed, "partners", "swung")}
-            if turns is not None:
-
-                @pl.when(i > 0)
-                def _() -> None:
-                    plgpu.barrier_wait(self.smem["used"])
-
-                self.turn(turns, head, refs)
-                plgpu.barrier_arrive(self.smem["turned"])
-            plgpu.barrier_wait(self.smem["turned"])
-            carry = work(head, refs, carry)
-            plgpu.barrier_arrive(self.smem["free"].at[slot])
-            return carry
-
-        carry = lax.fori_loop(0, self.heads, step, carry)
-        if turns is not None:
-            plgpu.barrier_wait(self.smem["used"])
-        return carry
-
-    def turn(self, name: str, head: Any, refs: Refs) -> None:
-        """Makes a head's B or C."""
-        matrix, turn = blocks.load_operand(self.smem[name]), turning.turn_by(refs["angles"])
-        turning.turn_into(self.smem[f"turned_{name}"], matrix, turn, self.bias(name, head, refs))
-        plgpu.commit_smem()
-
-    def bias(self, matrix: str, head: Any, refs: Refs) -> Any:
-        """Reference to the head's bias of B or C, or None."""
-        name = f"{matrix}_bias"
-        if name in refs:
-            return refs[name]
-        return self.gmem[name].at[self.p.token_head(head)] if name in self.gmem else None
 
     def put_slope(self, name: str, head: Any, numbers: jax.Array) -> None:
         """Writes a number a token of a head, one of ``Slopes``."""
