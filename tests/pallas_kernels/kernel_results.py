@@ -60,9 +60,13 @@ def assert_within(bar: Callable[[str], float], results, expected, scales: Mappin
         expected: the same in float64.
         scales: by name.
     """
+    wrong = []
     for name, array in results.items():
         error = np.linalg.norm(np.asarray(array, np.float64) - np.asarray(expected[name])) / scales[name]
-        assert error <= bar(name), f"{name}: relative error {error:.1e}, allowed {bar(name):.0e}"
+        if not error <= bar(name):
+            wrong.append(f"{name}: relative error {error:.1e}, allowed {bar(name):.0e}")
+    # All at once: which results are wrong tells where to look.
+    assert not wrong, "\n".join(wrong)
 
 
 def assert_vmap_is_a_loop(
