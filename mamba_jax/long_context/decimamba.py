@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from mamba_jax import sharding
+from mamba_jax import settings, sharding
 from mamba_jax.long_context.attach import require_layers_that_can_freeze, selective_mixers
 from mamba_jax.mixers.selective import FROZEN
 from mamba_jax.models.language_model import LanguageModel
@@ -35,13 +35,10 @@ class DeciMambaConfig:
     """Last tokens that are always kept, such as those whose loss is measured."""
 
     def __post_init__(self):
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            raise ValueError(f"DeciMamba.layers = {self.layers} cannot be used: one or more, ascending, from 0.")
-        if not 0 < self.beta <= 1:
-            raise ValueError(f"DeciMamba.beta = {self.beta} cannot be used: above 0, at most 1.")
-        for name in ("base_length", "min_length", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DeciMamba.{name} = {getattr(self, name)} cannot be used: at least 1.")
+        ascending = list(self.layers) == sorted(set(self.layers)) and min(self.layers, default=-1) >= 0
+        settings.require(ascending, self, "layers", "one or more, ascending, from 0")
+        settings.require(0 < self.beta <= 1, self, "beta", "above 0, at most 1")
+        settings.at_least_one(self, "base_length", "min_length", "keep_last")
 
     def kept(self, layer: int, length: int) -> int:
         """Tokens that this layer passes on, of ``length`` that it sees."""

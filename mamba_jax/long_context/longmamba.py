@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Bool, Float
 
+from mamba_jax import settings
 from mamba_jax.long_context.attach import require_layers_that_can_freeze, with_extenders
 from mamba_jax.long_context.calibration import OCTAVES, Calibration, LayerStatistics, length_ratios
 from mamba_jax.long_context.diagnostics import is_global
@@ -46,20 +47,13 @@ class LongMambaConfig:
     """Decides the random channels."""
 
     def __post_init__(self):
-        if self.decay_threshold is not None and not 0 < self.decay_threshold < 1:
-            raise ValueError(
-                f"LongMamba.decay_threshold = {self.decay_threshold} cannot be used: above 0 and below 1, as 1e-30."
-            )
-        if self.channels not in get_args(Channels):
-            raise ValueError(
-                f"LongMamba.channels = {self.channels!r} cannot be used: one of {', '.join(get_args(Channels))}."
-            )
-        if self.layers is not None and self.layers < 1:
-            raise ValueError(f"LongMamba.layers = {self.layers} cannot be used: at least 1, or None for all.")
-        if self.table_step is not None and (self.table_step < 1 or self.length is None):
-            raise ValueError(
-                f"LongMamba.table_step = {self.table_step} cannot be used: at least 1, and only with LongMamba.length."
-            )
+        is_share = self.decay_threshold is None or 0 < self.decay_threshold < 1
+        settings.require(is_share, self, "decay_threshold", "above 0 and below 1, as 1e-30")
+        channels = get_args(Channels)
+        settings.require(self.channels in channels, self, "channels", f"one of {', '.join(channels)}")
+        settings.require(self.layers is None or self.layers >= 1, self, "layers", "at least 1, or None for all")
+        steps = self.table_step is None or (self.table_step >= 1 and self.length is not None)
+        settings.require(steps, self, "table_step", "at least 1, and only with LongMamba.length")
 
 
 def apply_longmamba(

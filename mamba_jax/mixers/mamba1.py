@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mamba_jax import initializers, sharding
+from mamba_jax import initializers, settings, sharding
 from mamba_jax.layers.linear import Linear
 from mamba_jax.mixers.base import Leaf
 from mamba_jax.mixers.selective import Extender, Selection, extend, init_position
@@ -45,15 +45,9 @@ class Mamba1Config:
     """Implementation of scan and convolution ('mosaic_gpu', 'xla', 'reference'); None takes the best one here."""
 
     def __post_init__(self):
-        for name in ("expand", "state_size", "conv_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Mamba1.{name} = {getattr(self, name)} cannot be used: at least 1.")
-        if self.delta_rank is not None and self.delta_rank < 1:
-            raise ValueError(f"Mamba1.delta_rank = {self.delta_rank} cannot be used: at least 1, or None.")
-        if not 0 < self.delta_min <= self.delta_max:
-            raise ValueError(
-                f"Mamba1.delta_min = {self.delta_min} cannot be used: above 0, at most delta_max ({self.delta_max})."
-            )
+        settings.at_least_one(self, "expand", "state_size", "conv_width")
+        settings.require(self.delta_rank is None or self.delta_rank >= 1, self, "delta_rank", "at least 1, or None")
+        settings.ordered(self, "delta_min", "delta_max")
 
     def build(self, width: int, *, num_layers: int, compute_dtype: DTypeLike, rngs: nnx.Rngs) -> Mamba1:
         return Mamba1(self, width, num_layers=num_layers, compute_dtype=compute_dtype, rngs=rngs)

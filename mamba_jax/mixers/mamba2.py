@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mamba_jax import initializers, sharding
+from mamba_jax import initializers, settings, sharding
 from mamba_jax.layers.linear import Linear
 from mamba_jax.layers.norm import GatedRMSNorm
 from mamba_jax.layers.short_convolution import ShortConvolution
@@ -57,21 +57,12 @@ class Mamba2Config:
     """Implementation of scan and convolution ('mosaic_gpu', 'xla', 'reference'); None takes the best one here."""
 
     def __post_init__(self):
-        for name in ("expand", "head_dim", "state_size", "groups", "conv_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Mamba2.{name} = {getattr(self, name)} cannot be used: at least 1.")
-        for smaller, larger in (("delta_min", "delta_max"), ("decay_rate_min", "decay_rate_max")):
-            least, most = getattr(self, smaller), getattr(self, larger)
-            if not 0 < least <= most:
-                raise ValueError(f"Mamba2.{smaller} = {least} cannot be used: above 0, at most {larger} ({most}).")
+        settings.at_least_one(self, "expand", "head_dim", "state_size", "groups", "conv_width")
+        settings.ordered(self, "delta_min", "delta_max")
+        settings.ordered(self, "decay_rate_min", "decay_rate_max")
         least, most = self.delta_limit
-        if not 0 <= least <= most:
-            raise ValueError(
-                f"Mamba2.delta_limit_min = {least} cannot be used: at least 0, at most delta_limit_max ({most})."
-            )
-
-        if self.norm_epsilon <= 0:
-            raise ValueError(f"Mamba2.norm_epsilon = {self.norm_epsilon} cannot be used: above 0.")
+        settings.require(0 <= least <= most, self, "delta_limit_min", f"at least 0, at most delta_limit_max ({most})")
+        settings.above_zero(self, "norm_epsilon")
 
     @property
     def delta_limit(self) -> tuple[float, float]:
@@ -84,18 +75,7 @@ class Mamba2Config:
         Raises:
             ValueError: the channels cannot be divided into such heads, or the heads into such groups.
         """
-        heads, rest = divmod(self.expand * width, self.head_dim)
-        if rest:
-            raise ValueError(
-                f"Mamba2.head_dim = {self.head_dim} cannot be used: it must divide "
-                f"{self.expand * width} channels (expand x width)."
-            )
-        if heads % self.groups:
-            raise ValueError(
-                f"Mamba2.groups = {self.groups} cannot be used: it must divide {heads} heads "
-                f"(expand x width / head_dim)."
-            )
-        return heads
+        return settings.num_heads(self, width)
 
     def build(self, width: int, *, num_layers: int, compute_dtype: DTypeLike, rngs: nnx.Rngs) -> Mamba2:
         return Mamba2(self, width, num_layers=num_layers, compute_dtype=compute_dtype, rngs=rngs)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mamba_jax import initializers, sharding
+from mamba_jax import initializers, settings, sharding
 from mamba_jax.layers.linear import Linear
 from mamba_jax.layers.norm import RMSNorm
 from mamba_jax.mixers.base import Leaf
@@ -49,21 +49,12 @@ class Mamba3Config:
     """Implementation of the recurrence ('mosaic_gpu', 'xla', 'reference'); None takes the best one here."""
 
     def __post_init__(self):
-        for name in ("expand", "head_dim", "state_size", "groups", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Mamba3.{name} = {getattr(self, name)} cannot be used: at least 1.")
-        if not 0 < self.delta_min <= self.delta_max:
-            raise ValueError(
-                f"Mamba3.delta_min = {self.delta_min} cannot be used: above 0, at most delta_max ({self.delta_max})."
-            )
-        for name in ("decay_rate_floor", "norm_epsilon"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"Mamba3.{name} = {getattr(self, name)} cannot be used: above 0.")
-        if not 0 < self.rotary_fraction <= 1 or self.pairs < 1:
-            raise ValueError(
-                f"Mamba3.rotary_fraction = {self.rotary_fraction} cannot be used: above 0, at most 1, and of "
-                f"state_size ({self.state_size}) at least 2."
-            )
+        settings.at_least_one(self, "expand", "head_dim", "state_size", "groups", "rank")
+        settings.ordered(self, "delta_min", "delta_max")
+        settings.above_zero(self, "decay_rate_floor", "norm_epsilon")
+        some_rotate = 0 < self.rotary_fraction <= 1 and self.pairs >= 1
+        accepted = f"above 0, at most 1, and of state_size ({self.state_size}) at least 2"
+        settings.require(some_rotate, self, "rotary_fraction", accepted)
 
     @property
     def pairs(self) -> int:
@@ -76,18 +67,7 @@ class Mamba3Config:
         Raises:
             ValueError: the channels cannot be divided into such heads, or the heads into such groups.
         """
-        heads, rest = divmod(self.expand * width, self.head_dim)
-        if rest:
-            raise ValueError(
-                f"Mamba3.head_dim = {self.head_dim} cannot be used: it must divide "
-                f"{self.expand * width} channels (expand x width)."
-            )
-        if heads % self.groups:
-            raise ValueError(
-                f"Mamba3.groups = {self.groups} cannot be used: it must divide {heads} heads "
-                f"(expand x width / head_dim)."
-            )
-        return heads
+        return settings.num_heads(self, width)
 
     def build(self, width: int, *, num_layers: int, compute_dtype: DTypeLike, rngs: nnx.Rngs) -> Mamba3:
         return Mamba3(self, width, num_layers=num_layers, compute_dtype=compute_dtype, rngs=rngs)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mamba_jax import initializers, sharding
+from mamba_jax import initializers, settings, sharding
 from mamba_jax.layers.embedding import Embedding
 from mamba_jax.layers.linear import Linear
 from mamba_jax.layers.norm import RMSNorm
@@ -51,21 +51,13 @@ class LanguageModelConfig:
     """What each block recomputes in the backward pass to save memory: nothing, all but matrix products, everything."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"LanguageModel.{name} = {getattr(self, name)} cannot be used: at least 1.")
+        settings.at_least_one(self, "vocab_size", "width", "repeats")
         unknown = sorted(set(self.pattern) - set(self.layers))
-        if unknown or not self.pattern:
-            raise ValueError(
-                f"LanguageModel.pattern = {self.pattern!r} cannot be used: one or more letters of LanguageModel.layers "
-                f"({', '.join(sorted(self.layers))}){f', which lacks {unknown}' if unknown else ''}."
-            )
-        if self.norm_epsilon <= 0:
-            raise ValueError(f"LanguageModel.norm_epsilon = {self.norm_epsilon} cannot be used: above 0.")
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(
-                f"LanguageModel.remat = {self.remat!r} cannot be used: one of {', '.join(REMAT_POLICIES)}."
-            )
+        letters = f"one or more letters of LanguageModel.layers ({', '.join(sorted(self.layers))})"
+        lacks = f", which lacks {unknown}" if unknown else ""
+        settings.require(bool(self.pattern) and not unknown, self, "pattern", letters + lacks)
+        settings.above_zero(self, "norm_epsilon")
+        settings.require(self.remat in REMAT_POLICIES, self, "remat", f"one of {', '.join(REMAT_POLICIES)}")
 
     @property
     def num_layers(self) -> int:
