@@ -20,7 +20,7 @@ from mamba_jax.long_context.fingerprint import fingerprint
 from mamba_jax.mixers.selective import Selection, SelectiveMixer
 from mamba_jax.models.language_model import LanguageModel
 
-_FORMAT = "mamba-jax long-context calibration 2"
+_FORMAT = "mamba-jax long-context calibration 3"
 
 STEPS_PER_OCTAVE = 8
 """Lengths measured for each doubling."""
@@ -33,6 +33,9 @@ _ROUNDING = 1e-5
 PUBLISHED_CLAMP = 0.05
 """Share that the authors' code cuts off for Mamba-2."""
 
+_DIMS_OF_TOKENS_OWN = 4
+"""Dimensions of decay rates that are each token's own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerStatistics:
@@ -44,11 +47,11 @@ class LayerStatistics:
     log_decay: Float[np.ndarray, "repeats channels"]
     """Natural logarithm of what a training sequence leaves of the state before it (eq. 14), mean over sequences."""
     thresholds: Float[np.ndarray, "repeats lengths channels"]
-    """g(S) of eq. 18: the steps above it, in S tokens, sum to what all steps of L tokens do. 0 leaves none out."""
+    """g(S) of eq. 18: the steps above it, in S tokens, decay the state as all of L tokens do. 0 leaves none out."""
     count_thresholds: Float[np.ndarray, "repeats lengths channels"]
-    """The threshold that L of S tokens are above: they sum to more than L tokens do, being the largest."""
+    """The threshold that L of S tokens are above: they decay the state more than L tokens do, being the largest."""
     count_scales: Float[np.ndarray, "repeats lengths channels"]
-    """What the steps above ``count_thresholds`` are to be multiplied by, for their mean to be that of all steps."""
+    """What the steps above ``count_thresholds`` are to be multiplied by, to decay the state as all do on average."""
     longest_ratio: Float[np.ndarray, "repeats channels"]
     """S/L up to which the sample tells thresholds apart: at the next, its largest steps alone exceed L/S."""
     decay_rates: int
@@ -216,44 +219,63 @@ def sample_starts(tokens: int, *, length: int, count: int = 10, seed: int = 0) -
 
 
 def thresholds(
-    delta: Float[Array, "samples channels"], ratios: Float[Array | np.ndarray, " lengths"]
+    delta: Float[Array, "samples channels"],
+    ratios: Float[Array | np.ndarray, " lengths"],
+    decay: Float[Array, "samples channels"] | None = None,
 ) -> Float[Array, "lengths channels"]:
     """Threshold g for sequences longer than the training length (eq. 18), from a sample of step sizes.
 
-    A sequence S/L times as long as a training sequence, drawn from the same distribution, has S/L times its sum. The
-    largest step sizes that make up L/S of the sum therefore add to a training sequence's sum, whatever S: g is a
-    quantile of the sum, not of the count. Samples up to g are left out, those above it add to L/S or just more.
+    A sequence S/L times as long as a training sequence, drawn from the same distribution, decays the state S/L times as
+    much, by its logarithm. The largest step sizes that make up L/S of that therefore decay it as a training sequence
+    does, whatever S: g is a quantile of the sum, not of the count. Samples up to g are left out, those above it make up
+    L/S or just more.
 
     Args:
         delta: step sizes, all of training sequences.
         ratios: S/L, at least 1.
+        decay: how much each of them decays the state: its negative logarithm, to any scale. None where the decay rate
+            is the same for all, which makes it the step size.
     """
-    descending = jnp.sort(delta, axis=0, descending=True)
-    cumulative = jnp.cumsum(descending, axis=0)
+    descending, decay = _by_size(delta, decay)
+    cumulative = jnp.cumsum(decay, axis=0)
     wanted = cumulative[-1] / jnp.asarray(ratios, delta.dtype)[:, None]
     last_kept = jax.vmap(jnp.searchsorted, in_axes=1, out_axes=1)(cumulative, wanted)
     return _threshold_below(descending, jnp.minimum(last_kept, len(delta) - 1))[0]
 
 
 def count_thresholds(
-    delta: Float[Array, "samples channels"], ratios: Float[np.ndarray, " lengths"]
+    delta: Float[Array, "samples channels"],
+    ratios: Float[np.ndarray, " lengths"],
+    decay: Float[Array, "samples channels"] | None = None,
 ) -> tuple[Float[Array, "lengths channels"], Float[Array, "lengths channels"]]:
     """Threshold that a share L/S of a sample of step sizes is above, or just more, and the factor for those above it.
 
-    Times the factor, the step sizes above have the mean of the whole sample. So of S tokens as many are kept as a
-    training sequence has, with steps that are as large on average, and sum to the same.
+    Times the factor, the step sizes above decay the state as much as the whole sample does, on average. So of S tokens
+    as many are kept as a training sequence has, and they decay it as much.
 
     Args:
         delta: step sizes, all of training sequences.
         ratios: S/L, at least 1.
+        decay: as for ``thresholds``.
     """
-    descending = jnp.sort(delta, axis=0, descending=True)
+    descending, decay = _by_size(delta, decay)
     wanted = np.ceil(len(delta) / ratios).astype(int)
     last_kept = jnp.broadcast_to(wanted[:, None] - 1, (len(ratios), delta.shape[1]))
     threshold, kept = _threshold_below(descending, last_kept)
-    mean_kept = jnp.take_along_axis(jnp.cumsum(descending, axis=0), kept - 1, axis=0) / kept
+    mean_kept = jnp.take_along_axis(jnp.cumsum(decay, axis=0), kept - 1, axis=0) / kept
     # Compiled, a number divided by itself need not be 1.
-    return threshold, jnp.where(kept == len(delta), 1, jnp.mean(delta, axis=0) / mean_kept)
+    return threshold, jnp.where(kept == len(delta), 1, jnp.mean(decay, axis=0) / mean_kept)
+
+
+def _by_size(
+    delta: Float[Array, "samples channels"], decay: Float[Array, "samples channels"] | None
+) -> tuple[Float[Array, "samples channels"], Float[Array, "samples channels"]]:
+    """Step sizes, the largest first, and what each adds to the decay: itself, if nothing else is given."""
+    if decay is None:
+        descending = jnp.sort(delta, axis=0, descending=True)
+        return descending, descending
+    order = jnp.argsort(delta, axis=0, descending=True)
+    return jnp.take_along_axis(delta, order, axis=0), jnp.take_along_axis(decay, order, axis=0)
 
 
 def _threshold_below(
@@ -293,14 +315,20 @@ def _statistics(selection: Selection, clamp: float | None):
         clamp = PUBLISHED_CLAMP if A.ndim == 1 else 0.0
     if clamp > 0:
         delta = jnp.minimum(delta, jnp.quantile(delta.reshape(-1, channels), 1 - clamp, axis=0))
-    decay = jnp.mean(jnp.sum(log_decay(delta, A), axis=1), axis=0)
+    decay = log_decay(delta, A)
     samples = delta.reshape(-1, channels)
-    largest = jnp.max(samples, axis=0)
-    longest_ratio = jnp.sum(samples, axis=0) / jnp.sum(
-        jnp.where(samples >= (1 - _ROUNDING) * largest, samples, 0), axis=0
-    )
+    # Where the rate is each token's own, equal steps decay the state unequally.
+    of_samples = -decay.reshape(-1, channels) if A.ndim == _DIMS_OF_TOKENS_OWN else None
+    added = samples if of_samples is None else of_samples
+    are_largest = samples >= (1 - _ROUNDING) * jnp.max(samples, axis=0)
+    longest_ratio = jnp.sum(added, axis=0) / jnp.sum(jnp.where(are_largest, added, 0), axis=0)
     ratios = length_ratios()
-    return decay, thresholds(samples, ratios), *count_thresholds(samples, ratios), longest_ratio
+    return (
+        jnp.mean(jnp.sum(decay, axis=1), axis=0),
+        thresholds(samples, ratios, of_samples),
+        *count_thresholds(samples, ratios, of_samples),
+        longest_ratio,
+    )
 
 
 def _layers(arrays: dict[str, np.ndarray], place: int) -> LayerStatistics:

@@ -84,6 +84,23 @@ def test_steps_above_the_threshold_sum_to_a_training_sequence_s(ratio):
         assert kept.mean() == pytest.approx(wanted, abs=4 * kept.std() / np.sqrt(repeats) + 0.01 * wanted)
 
 
+@pytest.mark.parametrize("ratio", [1.5, 4.0, 64.0])
+def test_what_is_kept_decays_a_state_as_in_training_whatever_the_decay_rates(model, sequences, calibration, ratio):
+    """Eq. 16: of S/L calibrated sequences the steps kept decay a state as one does, and without the least would not."""
+    index = int(np.argmin(np.abs(length_ratios() - ratio)))
+    places = calibration.places[0]
+    for layer, selection in collect(model, sequences).items():
+        delta, A = np.asarray(selection.delta, np.float64), np.asarray(selection.A, np.float64)
+        # Of several rates any would do: each decays in proportion to delta.
+        rates = A[..., 0] if A.ndim == 4 else A.reshape(len(A), -1)[:, 0]
+        decay, kept = -delta * rates, delta > places.thresholds[layer, index]
+        least = np.where(kept, delta, np.inf).min(axis=(0, 1))
+        more_than_least = kept & (delta > least * (1 + 2e-5))
+        of_training = decay.sum(axis=(0, 1)) / length_ratios()[index]
+        assert np.all(np.sum(decay, axis=(0, 1), where=kept) > of_training * (1 - 1e-4))
+        assert np.all(np.sum(decay, axis=(0, 1), where=more_than_least) < of_training * (1 + 1e-4))
+
+
 def test_kept_samples_are_the_fewest_largest_that_reach_the_share():
     samples = skewed_steps(2, 301)
     ratios = np.array([1.0, 1.3, 7.0, 250.0, 1e9])
@@ -136,12 +153,11 @@ def test_decay_and_thresholds_are_those_of_the_collected_steps(model, sequences,
         decay = mean_log_decay(selection.delta, selection.A)
         np.testing.assert_allclose(calibration.places[0].log_decay[layer], decay, rtol=1e-4)
         samples = jnp.asarray(selection.delta).reshape(-1, selection.delta.shape[-1])
-        np.testing.assert_allclose(
-            calibration.places[0].thresholds[layer], thresholds(samples, length_ratios()), rtol=1e-5
-        )
-        for name, table in zip(
-            ("count_thresholds", "count_scales"), count_thresholds(samples, length_ratios()), strict=True
-        ):
+        # Mamba-3's decay rates are each token's own.
+        added = -(selection.delta * selection.A[..., 0]).reshape(samples.shape) if selection.A.ndim == 4 else None
+        sample = samples, length_ratios(), added
+        np.testing.assert_allclose(calibration.places[0].thresholds[layer], thresholds(*sample), rtol=1e-5)
+        for name, table in zip(("count_thresholds", "count_scales"), count_thresholds(*sample), strict=True):
             np.testing.assert_allclose(getattr(calibration.places[0], name)[layer], table, rtol=1e-5)
 
 
