@@ -5,6 +5,7 @@ import pytest
 
 from mamba_jax.long_context import diagnostics
 from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.ssd import ssd
 from tests.mamba_jax.long_context.models import language_model, tokens
 
 LENGTH, CHANNELS, STATE = 37, 6, 4
@@ -56,6 +57,14 @@ def test_rows_of_hidden_attention_times_x_are_the_output_of_the_scan():
     attention = diagnostics.hidden_attention(delta, A, B, C, jnp.arange(CHANNELS))
     y = selective_scan(x[None], delta[None], A, B[None], C[None], implementation="reference")[0]
     np.testing.assert_allclose(jnp.einsum("cij,jc->ic", attention, x), y, atol=1e-5)
+
+
+def test_rows_of_hidden_attention_times_x_are_the_output_of_heads_too():
+    delta, A, B, C = in_float32(*scan_inputs(groups=3, scalar_A=True, seed=4))
+    x = jax.random.normal(jax.random.key(1), (LENGTH, CHANNELS, 5))
+    attention = diagnostics.hidden_attention(delta, A, B, C, jnp.arange(CHANNELS))
+    y = ssd(x[None], delta[None], A, B[None], C[None], implementation="reference")[0]
+    np.testing.assert_allclose(jnp.einsum("hij,jhd->ihd", attention, x), y, atol=1e-5)
 
 
 @KINDS
