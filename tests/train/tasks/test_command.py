@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from train import cli
 from train.checkpoint import load_for_inference
 from train.data import pipeline
 from train.tasks import methods, names, plans
+from train.tasks.longbench import DATASETS
 from train.tasks.reading import Reading
 
 
@@ -132,6 +134,18 @@ def test_longbench_is_asked_and_its_answers_kept(run, tmp_path):
     cell = json.loads((tmp_path / "out" / "cells.jsonl").read_text().splitlines()[1])
     assert len(cell["result"]["answers"]) == 3
     assert (tmp_path / "out" / "longbench.png").exists()
+
+
+def test_without_jieba_nothing_of_longbench_is_asked_in_vain(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    monkeypatch.setattr("train.tasks.longbench.answers", lambda *_, **__: pytest.fail("measured"))
+    row = {"context": "It was built in 1889.", "input": "When?", "answers": ["1889"]}
+    for name in DATASETS:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    status, _, err = run("--task", "longbench", "--data", tmp_path, "--output", tmp_path / "out")
+    assert status == 1
+    assert "pip install 'mamba-jax[longbench]', or name the other data sets with --datasets" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_long_prompt_is_read_in_chunks_with_time_and_memory_by_position(run, tmp_path):
