@@ -24,6 +24,12 @@ class Setting:
     """Needed by some methods; ``load_calibration`` makes sure of it."""
     decay_threshold: float | None = None
     """LongMamba's; None takes that of ``LongMambaConfig``."""
+    decimamba_layers: Sequence[int] | None = None
+    """DeciMamba's ``layers``; None takes the middle one, as the paper does for passkeys."""
+    decimamba_length: int | None = None
+    """DeciMamba's ``base_length``; None takes the training length."""
+    decimamba_beta: float | None = None
+    """DeciMamba's; None takes that of ``DeciMambaConfig``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +60,12 @@ def _apply(model: LanguageModel, setting: Setting, **changes) -> LanguageModel:
 def _decimamba(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
     if length <= setting.training_length:
         return model
-    # As the paper decimates for passkeys: in the middle layer, to the training length.
-    config = DeciMambaConfig(layers=(model.config.num_layers // 2,), base_length=setting.training_length)
+    layers, base_length, beta = setting.decimamba_layers, setting.decimamba_length, setting.decimamba_beta
+    config = DeciMambaConfig(
+        layers=(model.config.num_layers // 2,) if layers is None else tuple(layers),
+        base_length=setting.training_length if base_length is None else base_length,
+        beta=DeciMambaConfig.beta if beta is None else beta,
+    )
     return apply_decimamba(model, config)
 
 

@@ -19,6 +19,8 @@ from train.tasks import methods, names, plans
 from train.tasks.longbench import DATASETS
 from train.tasks.reading import Reading
 
+DECIMAMBA = ("--task", "passkey", "--methods", "decimamba")
+
 
 @pytest.fixture
 def run(capsys, checkpoint):
@@ -97,6 +99,30 @@ def test_a_rerun_measures_only_what_is_new(run, tmp_path, monkeypatch):
     assert run(*options, "--lengths", "200", "--seed", 1)[0] == 1  # another evaluation
     assert run(*options, "--lengths", "200", "--seed", 1, "--overwrite")[0] == 0
     assert asked == [200, 300, 200]
+
+
+def test_options_of_decimamba_are_applied_and_are_cells_of_their_own(run, tmp_path, monkeypatch):
+    kept = []
+
+    def answers(model, examples, tokenizer, reading, *, max_new_tokens):
+        decimation = getattr(model, "decimation", None)
+        kept.append(decimation and [decimation.kept(layer, 1000) for layer in range(2)])
+        return [""] * len(examples)
+
+    monkeypatch.setattr("train.tasks.cell.answers", answers)
+    options = ("--task", "passkey", "--methods", "vanilla,decimamba", "--depths", "0.5", "--lengths", 600, "--tries", 1)
+    both = ("--decimamba_layers", "0,1", "--decimamba_length", 300)
+    for given in ((), both, (*both, "--decimamba_beta", 0.8), both):
+        status, _, err = run(*options, *given, "--output", tmp_path)
+        assert status == 0, err
+    assert kept == [None, [1000, TRAINING_LENGTH], [300, 150], [300, 240]]
+    cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()[1:]]
+    assert [{name: value for name, value in cell["key"].items() if "decimamba_" in name} for cell in cells] == [
+        {},
+        {},
+        {"decimamba_layers": [0, 1], "decimamba_length": 300},
+        {"decimamba_layers": [0, 1], "decimamba_length": 300, "decimamba_beta": 0.8},
+    ]
 
 
 def test_every_method_is_asked_the_same(run, tmp_path, monkeypatch):
@@ -182,6 +208,12 @@ def test_a_long_prompt_is_read_in_chunks_with_time_and_memory_by_position(run, t
         (["--task", "prefill_scaling", "--lengths", "1K,2K"], 2, "give one length"),
         (["--task", "prefill_scaling", "--lengths", "1K"], 2, "two chunks of --chunk 16384"),
         (["--task", "passkey", "--methods", "longmamba", "--decay_threshold", "2"], 2, "need --calibration FILE"),
+        ([*DECIMAMBA, "--decimamba_layers", "1,0"], 2, "'1,0' are no layers: give their numbers, ascending, from 0"),
+        ([*DECIMAMBA, "--decimamba_layers", "0,2"], 1, "DeciMamba.layers = (0, 2) cannot be used: the model's layers"),
+        ([*DECIMAMBA, "--decimamba_length", "0"], 2, "'0' is no number of 1 or more"),
+        ([*DECIMAMBA, "--decimamba_beta", "0"], 2, "'0' is no share above 0, at most 1"),
+        (["--task", "passkey", "--decimamba_beta", "0.8"], 2, "--decimamba_beta is of the method decimamba: add it to"),
+        (["--decimamba_length", "2K"], 2, "--decimamba_length is an option of tasks"),
     ],
 )
 def test_mistakes_are_named_with_the_way_out(run, options, status, message):
