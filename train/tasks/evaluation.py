@@ -28,7 +28,7 @@ from train.errors import UserError
 from train.tasks.cell import Cell, Result
 from train.tasks.command import DECIMAMBA_OPTIONS
 from train.tasks.intervals import CONFIDENCE
-from train.tasks.methods import METHODS, Setting, check_names, extended, load_calibration
+from train.tasks.methods import METHODS, Setting, check_names, extended, load_calibration, without_effect
 from train.tasks.plans import TASKS, Trained
 from train.tasks.reading import Reading
 from train.tasks.results import Key, Results, write_json
@@ -60,7 +60,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     calibration = load_calibration(options.calibration, methods, model, options.checkpoint, read=plan.read)
     setting = Setting(data.sequence_length, calibration, options.decay_threshold, **_given_of_decimamba(options))
     for method in methods:  # found out before hours are spent on the others
-        extended(method, model, setting, max(cell.length for cell in plan.cells))
+        reader = extended(method, model, setting, max(cell.length for cell in plan.cells))
+        if reader is not model and (reason := without_effect(method, setting)):
+            print(reason, file=sys.stderr)
 
     folder = options.output or checkpoint.folder.parent / EVALUATIONS / options.task
     identity = {"task": options.task, "checkpoint": fingerprint(model)[:16], "read": plan.read, "seed": options.seed}

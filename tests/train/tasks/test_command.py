@@ -251,6 +251,35 @@ def test_a_method_that_does_not_fit_the_model_says_so(run, calibration, tmp_path
     assert "name the others with --methods, in place of --ablations" in err
 
 
+def test_methods_that_find_no_channel_say_that_they_change_nothing(run, calibration, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.tasks.cell.answers", lambda model, examples, *_, **__: [""] * len(examples))
+    with np.load(calibration) as file:
+        decays = np.exp(file["log_decay_0"].astype(np.float64))
+    chosen = ("--methods", "vanilla,longmamba,longmamba_streaming,local,layers_4", "--calibration", calibration)
+    monkeypatch.setitem(methods.METHODS, "layers_4", methods._longmamba(layers=2))
+
+    def said(threshold: float, length: int = 512) -> list[str]:
+        options = ("--task", "passkey", "--lengths", length, "--depths", "0", "--tries", 1, "--output", tmp_path)
+        status, _, err = run(*options, *chosen, "--decay_threshold", threshold)
+        assert status == 0, err
+        return [line for line in err.splitlines() if "leaves everything as it is" in line]
+
+    above, below = (1 + decays.max()) / 2, decays.min() / 2
+    assert said(above) == [
+        f"{name} leaves everything as it is: no channel of {of} is global with decay_threshold {above:g}"
+        for name, of in (
+            ("longmamba", "this model"),
+            ("longmamba_streaming", "this model"),
+            ("layers_4", "the 2 layers that forget least"),
+        )
+    ]
+    assert said(below) == [
+        f"local leaves everything as it is: no channel of this model is local with decay_threshold {below:g}"
+    ]
+    assert said(decays.max() * 0.999) == []
+    assert said(above, TRAINING_LENGTH)[0].startswith("longmamba_streaming")  # the others extend nothing so short
+
+
 def test_methods_without_effect_at_the_training_length_are_the_model(model, calibration):
     setting = methods.Setting(
         TRAINING_LENGTH, methods.load_calibration(calibration, ["longmamba"], model, calibration, read="a text")
