@@ -10,6 +10,9 @@ from typing import Any
 from train.errors import UsageError
 from train.tasks.names import ABLATIONS, METHODS, TASKS
 
+DECIMAMBA_OPTIONS = ("decimamba_layers", "decimamba_length", "decimamba_beta")
+"""Options of the method decimamba, None where they are not given."""
+
 _DEFAULT_METHODS = "vanilla"
 
 
@@ -34,6 +37,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="TH",
         help="decay above which a channel is global (1e-30 for Mamba-1, 5e-2 for Mamba-2)",
+    )
+    group.add_argument(
+        "--decimamba_layers",
+        type=_layers,
+        metavar="L,L",
+        help="layers in which decimamba leaves out tokens, from 0 (the middle one)",
+    )
+    group.add_argument(
+        "--decimamba_length",
+        type=_count,
+        metavar="N",
+        help="tokens that the first of them keeps, of sequences longer than those in training (the training length)",
+    )
+    group.add_argument(
+        "--decimamba_beta",
+        type=_share_above_zero,
+        metavar="B",
+        help="what each of them keeps, as a share of what the one before it does (0.5)",
     )
     group.add_argument(
         "--lengths",
@@ -116,6 +137,9 @@ def check(options: argparse.Namespace, given: Sequence[str]) -> None:
     options.depths = options.depths or [0.0, 0.25, 0.5, 0.75, 1.0]
     options.documents = options.documents or [10, 20, 50, 100, 200, 300]
     options.methods = [*options.methods, *(ABLATIONS if options.ablations else ())]
+    given_of_decimamba = [name for name in DECIMAMBA_OPTIONS if getattr(options, name) is not None]
+    if given_of_decimamba and "decimamba" not in options.methods:
+        raise UsageError(f"--{given_of_decimamba[0]} is of the method decimamba: add it to --methods.")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -160,6 +184,23 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no share from 0 to 1")
     return share
+
+
+def _share_above_zero(text: str) -> float:
+    share = _share(text)
+    if share == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share above 0, at most 1")
+    return share
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        layers = [int(part) for part in text.split(",")]
+    except ValueError:
+        layers = []
+    if not layers or layers[0] < 0 or layers != sorted(set(layers)):
+        raise argparse.ArgumentTypeError(f"{text!r} are no layers: give their numbers, ascending, from 0, such as 2,3")
+    return layers
 
 
 def _listed(title: str, summaries: dict[str, str]) -> str:

@@ -1,7 +1,8 @@
 """Document retrieval: many documents with numbers, a query, and the number of the one document that answers it.
 
 The prompt is DeciMamba's (Ben-Kish et al. 2024, arXiv:2406.14528): before each document stands the query, so that a
-model knows what to look for while it reads. The golden document may be at any place, drawn evenly.
+model knows what to look for while it reads. The golden document may be at any place, drawn evenly. Of pieces of running
+text it alone holds the query; of a file's documents it is the one that the file has the question for.
 """
 
 from __future__ import annotations
@@ -31,13 +32,18 @@ PASSAGE_TOKENS = 160
 """Length of a document cut from running text."""
 QUERY_TOKENS = 24
 """Length of a query cut from such a document."""
+VISIBLE_BYTES = 8
+"""A query cut from running text has this much that is no white space: an indent asks for nothing."""
+
+_MOST_QUERIES = 1000
+"""Queries that are tried for an example; more than enough where one in ten does."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Passage:
+class Drawn:
     query: Int32[np.ndarray, " query"]
-    """What only this passage answers."""
-    text: Int32[np.ndarray, " passage"]
+    """What the golden document answers."""
+    documents: Sequence[Int32[np.ndarray, " document"]]
 
 
 @runtime_checkable
@@ -48,27 +54,40 @@ class Passages(Protocol):
     fingerprint: str
     """Names the content."""
 
-    def draw(self, random: np.random.Generator, count: int) -> Sequence[Passage]:
-        """``count`` passages, each with a text of its own."""
+    def draw(self, random: np.random.Generator, count: int, golden: int) -> Drawn:
+        """``count`` documents, with a query that the one at place ``golden`` answers."""
         ...
 
 
 class PassagesOfText:
-    """Pieces of running text; the query is a verbatim piece of the passage (the inverse cloze task)."""
+    """Pieces of running text; the query is a verbatim piece of one alone of them (the inverse cloze task)."""
 
     def __init__(self, text: Text):
         self.tokenizer = text.tokenizer
         self.fingerprint = text.fingerprint
         self._text = text
 
-    def draw(self, random: np.random.Generator, count: int) -> Sequence[Passage]:
-        starts = random.integers(self._text.size, size=count)
-        return [self._passage(random, int(start)) for start in starts]
+    def draw(self, random: np.random.Generator, count: int, golden: int) -> Drawn:
+        others = [self._passage(random) for _ in range(count - 1)]
+        # Compared as bytes, which is fast. A match across tokens' borders is none, but costs no more than a try.
+        searched = [other.tobytes() for other in others]
+        for _ in range(_MOST_QUERIES):
+            passage = self._passage(random)
+            place = random.integers(PASSAGE_TOKENS - QUERY_TOKENS + 1)
+            query = passage[place : place + QUERY_TOKENS]
+            sought = query.tobytes()
+            if self._is_visible(query) and not any(sought in other for other in searched):
+                return Drawn(query, [*others[:golden], passage, *others[golden:]])
+        raise UserError(
+            f"of {_MOST_QUERIES} pieces of the text as a query, each is white space or stands in several of {count} "
+            "documents: the text is too small or repeats itself too much. Take a larger one, or fewer documents."
+        )
 
-    def _passage(self, random: np.random.Generator, start: int) -> Passage:
-        text = self._text.read(start, PASSAGE_TOKENS)
-        place = random.integers(PASSAGE_TOKENS - QUERY_TOKENS + 1)
-        return Passage(text[place : place + QUERY_TOKENS], text)
+    def _passage(self, random: np.random.Generator) -> Int32[np.ndarray, " document"]:
+        return self._text.read(int(random.integers(self._text.size)), PASSAGE_TOKENS)
+
+    def _is_visible(self, query: Int32[np.ndarray, " query"]) -> bool:
+        return len("".join(self.tokenizer.decode(query).split()).encode()) >= VISIBLE_BYTES
 
 
 class PassagesOfFile:
@@ -94,13 +113,14 @@ class PassagesOfFile:
             self._questions.setdefault(context, []).append(question)
         self._contexts = list(self._questions)
 
-    def draw(self, random: np.random.Generator, count: int) -> Sequence[Passage]:
+    def draw(self, random: np.random.Generator, count: int, golden: int) -> Drawn:
         if count > len(self._contexts):
             raise UserError(
                 f"{self._path} has {len(self._contexts)} different documents: ask for no more, not {count}."
             )
         chosen = [self._contexts[i] for i in random.choice(len(self._contexts), size=count, replace=False)]
-        return [Passage(self._encode(str(random.choice(self._questions[c]))), self._encode(c)) for c in chosen]
+        question = str(random.choice(self._questions[chosen[golden]]))
+        return Drawn(self._encode(question), [self._encode(context) for context in chosen])
 
     def _encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
         return self.tokenizer.encode(text).astype(np.int32)
@@ -140,11 +160,10 @@ class DocumentRetrieval:
     def _example(self, random: np.random.Generator, documents: int) -> Example:
         golden = int(random.integers(documents))
         numbers = random.choice(MOST_DOCUMENTS, size=documents, replace=False)
-        passages = self.passages.draw(random, documents)
-        query = passages[golden].query
+        drawn = self.passages.draw(random, documents, golden)
         parts = [np.array([self.passages.tokenizer.separator_id], np.int32)]
-        for number, passage in zip(numbers, passages, strict=True):
-            parts += [self._encode(" <|Query|> "), query, self._encode(f" <|Document {number}|> "), passage.text]
+        for number, document in zip(numbers, drawn.documents, strict=True):
+            parts += [self._encode(" <|Query|> "), drawn.query, self._encode(f" <|Document {number}|> "), document]
         prompt = np.concatenate([*parts, self._encode(" <|Answer|> <|Document ")])
         expected = str(numbers[golden])
         return Example(prompt, self._encode(f"{expected}|>"), expected)

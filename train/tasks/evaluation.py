@@ -26,8 +26,9 @@ from train.data import pipeline
 from train.data.tokenizer import tokenizer_from_description
 from train.errors import UserError
 from train.tasks.cell import Cell, Result
+from train.tasks.command import DECIMAMBA_OPTIONS
 from train.tasks.intervals import CONFIDENCE
-from train.tasks.methods import METHODS, Setting, check_names, extended, load_calibration
+from train.tasks.methods import METHODS, Setting, check_names, extended, load_calibration, without_effect
 from train.tasks.plans import TASKS, Trained
 from train.tasks.reading import Reading
 from train.tasks.results import Key, Results, write_json
@@ -57,9 +58,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     plan = TASKS[options.task].plan(options, trained)
     step, model = checkpoint.restore(jax.eval_shape(lambda: checkpoint.experiment.model.build(nnx.Rngs(0))))
     calibration = load_calibration(options.calibration, methods, model, options.checkpoint, read=plan.read)
-    setting = Setting(data.sequence_length, calibration, options.decay_threshold)
+    setting = Setting(data.sequence_length, calibration, options.decay_threshold, **_given_of_decimamba(options))
     for method in methods:  # found out before hours are spent on the others
-        extended(method, model, setting, max(cell.length for cell in plan.cells))
+        reader = extended(method, model, setting, max(cell.length for cell in plan.cells))
+        if reader is not model and (reason := without_effect(method, setting)):
+            print(reason, file=sys.stderr)
 
     folder = options.output or checkpoint.folder.parent / EVALUATIONS / options.task
     identity = {"task": options.task, "checkpoint": fingerprint(model)[:16], "read": plan.read, "seed": options.seed}
@@ -107,12 +110,18 @@ def _measured(cell: Cell, model: LanguageModel, reading: Reading) -> Result:
 
 
 def _key(method: str, cell: Cell, options: argparse.Namespace) -> Key:
-    """The cell's key with the method, and what decides the result of a method that is calibrated."""
+    """The cell's key with the method, and what decides the result of a method that is calibrated or takes options."""
     key = {"method": method, **cell.key}
     if METHODS[method].needs_calibration:
         digest = hashlib.sha256(options.calibration.read_bytes()).hexdigest()[:16]
         key |= {"calibration": digest, "decay_threshold": options.decay_threshold}
+    if method == "decimamba":
+        key |= _given_of_decimamba(options)
     return key
+
+
+def _given_of_decimamba(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in DECIMAMBA_OPTIONS if (value := getattr(options, name)) is not None}
 
 
 def _named(cell: Cell) -> str:

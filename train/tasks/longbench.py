@@ -22,7 +22,7 @@ from train.errors import UserError
 from train.tasks.cell import Cell, Result
 from train.tasks.example import Example
 from train.tasks.reading import Reading, answers
-from train.tasks.scores import f1, rouge_l, rouge_l_chinese
+from train.tasks.scores import f1, load_jieba, rouge_l, rouge_l_chinese
 
 EXAMPLES_A_CELL = 8
 """Questions that are asked, and kept, together; of about the same length."""
@@ -47,6 +47,8 @@ class Dataset:
     metric: str
     first_line_only: bool = False
     """Whether an answer ends with its line."""
+    load_scorer: Callable[[], object] = lambda: None
+    """Loads what scoring takes; raises UserError where that is not installed."""
 
 
 DATASETS = {
@@ -82,6 +84,7 @@ DATASETS = {
         max_new_tokens=512,
         score=rouge_l_chinese,
         metric="Rouge-L",
+        load_scorer=load_jieba,
     ),
 }
 
@@ -132,7 +135,8 @@ def read_questions(
 
 
 def cells(questions: Sequence[Question], name: str, tokenizer: Tokenizer) -> list[Cell]:
-    """Cells of a few questions each, the shortest first."""
+    """Cells of a few questions each, the shortest first. Raises UserError where they could not be scored."""
+    DATASETS[name].load_scorer()  # found out before hours are spent on other data sets
     by_length = sorted(range(len(questions)), key=lambda i: questions[i].example.length)
     parts = [by_length[i : i + EXAMPLES_A_CELL] for i in range(0, len(by_length), EXAMPLES_A_CELL)]
     return [

@@ -9,7 +9,7 @@ from pathlib import Path
 from mamba_jax.long_context.calibration import Calibration
 from mamba_jax.long_context.decimamba import DeciMambaConfig, apply_decimamba
 from mamba_jax.long_context.delta_scaling import scale_delta
-from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba
+from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba, chosen_channels, decay_threshold
 from mamba_jax.models.language_model import LanguageModel
 from train.errors import UsageError, UserError
 from train.settings import did_you_mean
@@ -24,38 +24,52 @@ class Setting:
     """Needed by some methods; ``load_calibration`` makes sure of it."""
     decay_threshold: float | None = None
     """LongMamba's; None takes that of ``LongMambaConfig``."""
+    decimamba_layers: Sequence[int] | None = None
+    """DeciMamba's ``layers``; None takes the middle one, as the paper does for passkeys."""
+    decimamba_length: int | None = None
+    """DeciMamba's ``base_length``; None takes the training length."""
+    decimamba_beta: float | None = None
+    """DeciMamba's; None takes that of ``DeciMambaConfig``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     extend: Callable[[LanguageModel, Setting, int], LanguageModel]
     """Takes the model, and the length of the sequence, answer included."""
-    needs_calibration: bool = False
+    longmamba: Callable[[Setting], LongMambaConfig] | None = None
+    """LongMamba's settings but for the length, where the method is LongMamba or an ablation of it."""
     in_chunks: bool = True
     """Whether a prompt may be read a part at a time."""
 
+    @property
+    def needs_calibration(self) -> bool:
+        return self.longmamba is not None
 
-def _longmamba(**changes) -> Method:
+
+def _longmamba(*, streaming: bool = False, **changes) -> Method:
+    def config(setting: Setting) -> LongMambaConfig:
+        return LongMambaConfig(**{"decay_threshold": setting.decay_threshold, **changes})
+
     def extend(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
         assert setting.calibration is not None
+        if streaming:
+            return apply_longmamba(model, setting.calibration, config(setting))
         if length <= setting.calibration.training_length:
             return model  # nothing is left out of so short a sequence
-        return _apply(model, setting, length=length, **changes)
+        return apply_longmamba(model, setting.calibration, dataclasses.replace(config(setting), length=length))
 
-    return Method(extend, needs_calibration=True)
-
-
-def _apply(model: LanguageModel, setting: Setting, **changes) -> LanguageModel:
-    threshold = {} if setting.decay_threshold is None else {"decay_threshold": setting.decay_threshold}
-    assert setting.calibration is not None
-    return apply_longmamba(model, setting.calibration, LongMambaConfig(**{**threshold, **changes}))
+    return Method(extend, config)
 
 
 def _decimamba(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
     if length <= setting.training_length:
         return model
-    # As the paper decimates for passkeys: in the middle layer, to the training length.
-    config = DeciMambaConfig(layers=(model.config.num_layers // 2,), base_length=setting.training_length)
+    layers, base_length, beta = setting.decimamba_layers, setting.decimamba_length, setting.decimamba_beta
+    config = DeciMambaConfig(
+        layers=(model.config.num_layers // 2,) if layers is None else tuple(layers),
+        base_length=setting.training_length if base_length is None else base_length,
+        beta=DeciMambaConfig.beta if beta is None else beta,
+    )
     return apply_decimamba(model, config)
 
 
@@ -66,7 +80,7 @@ def _scaled(model: LanguageModel, setting: Setting, length: int) -> LanguageMode
 METHODS = {
     "vanilla": Method(lambda model, setting, length: model),
     "longmamba": _longmamba(),
-    "longmamba_streaming": Method(lambda model, setting, length: _apply(model, setting), needs_calibration=True),
+    "longmamba_streaming": _longmamba(streaming=True),
     "decimamba": Method(_decimamba, in_chunks=False),
     "scaled": Method(_scaled),
     "local": _longmamba(channels="local"),
@@ -130,3 +144,23 @@ def extended(name: str, model: LanguageModel, setting: Setting, length: int) -> 
             f"the method {name} cannot be used on this model: {error} Or do without it: name the others with "
             "--methods, in place of --ablations."
         ) from None
+
+
+def without_effect(name: str, setting: Setting) -> str | None:
+    """Why a method that extends a model changes nothing all the same, or None where it does change something."""
+    config, calibration = METHODS[name].longmamba, setting.calibration
+    if config is None or calibration is None:
+        return None
+    config = config(setting)
+    if any(channels.any() for channels in chosen_channels(calibration, config).values()):
+        return None
+    kind = "local" if config.channels == "local" else "global"
+    thresholds = sorted({decay_threshold(layers, config) for layers in calibration.places.values()})
+    return (
+        f"{name} leaves everything as it is: no channel of {_extended_layers(config)} is {kind} with decay_threshold "
+        f"{' and '.join(f'{threshold:g}' for threshold in thresholds)}"
+    )
+
+
+def _extended_layers(config: LongMambaConfig) -> str:
+    return "this model" if config.layers is None else f"the {config.layers} layers that forget least"

@@ -10,6 +10,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,17 @@ def rouge_l_chinese(prediction: str, reference: str) -> float:
     return rouge_l(_cut(prediction), _cut(reference))
 
 
+def load_jieba() -> Any:
+    """The module that cuts Chinese into words. Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module("jieba")
+    except ImportError:
+        raise UserError(
+            "the data set vcsum is scored by words, and Chinese is cut into words by jieba: pip install "
+            "'mamba-jax[longbench]', or name the other data sets with --datasets."
+        ) from None
+
+
 def _words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
@@ -81,11 +93,4 @@ def _common_subsequence(reference: Sequence[str], other: Sequence[str]) -> list[
 
 
 def _cut(text: str) -> str:
-    try:
-        jieba = importlib.import_module("jieba")
-    except ImportError:
-        raise UserError(
-            "the task vcsum is scored by words, and Chinese is cut into words by jieba: pip install "
-            "'mamba-jax[longbench]', or leave the task out."
-        ) from None
-    return " ".join(jieba.cut(text, cut_all=False))
+    return " ".join(load_jieba().cut(text, cut_all=False))

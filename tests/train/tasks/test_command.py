@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -15,7 +16,10 @@ from train import cli
 from train.checkpoint import load_for_inference
 from train.data import pipeline
 from train.tasks import methods, names, plans
+from train.tasks.longbench import DATASETS
 from train.tasks.reading import Reading
+
+DECIMAMBA = ("--task", "passkey", "--methods", "decimamba")
 
 
 @pytest.fixture
@@ -97,6 +101,30 @@ def test_a_rerun_measures_only_what_is_new(run, tmp_path, monkeypatch):
     assert asked == [200, 300, 200]
 
 
+def test_options_of_decimamba_are_applied_and_are_cells_of_their_own(run, tmp_path, monkeypatch):
+    kept = []
+
+    def answers(model, examples, tokenizer, reading, *, max_new_tokens):
+        decimation = getattr(model, "decimation", None)
+        kept.append(decimation and [decimation.kept(layer, 1000) for layer in range(2)])
+        return [""] * len(examples)
+
+    monkeypatch.setattr("train.tasks.cell.answers", answers)
+    options = ("--task", "passkey", "--methods", "vanilla,decimamba", "--depths", "0.5", "--lengths", 600, "--tries", 1)
+    both = ("--decimamba_layers", "0,1", "--decimamba_length", 300)
+    for given in ((), both, (*both, "--decimamba_beta", 0.8), both):
+        status, _, err = run(*options, *given, "--output", tmp_path)
+        assert status == 0, err
+    assert kept == [None, [1000, TRAINING_LENGTH], [300, 150], [300, 240]]
+    cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()[1:]]
+    assert [{name: value for name, value in cell["key"].items() if "decimamba_" in name} for cell in cells] == [
+        {},
+        {},
+        {"decimamba_layers": [0, 1], "decimamba_length": 300},
+        {"decimamba_layers": [0, 1], "decimamba_length": 300, "decimamba_beta": 0.8},
+    ]
+
+
 def test_every_method_is_asked_the_same(run, tmp_path, monkeypatch):
     asked: dict[str, list[bytes]] = {}
     current: list[str] = []
@@ -134,6 +162,18 @@ def test_longbench_is_asked_and_its_answers_kept(run, tmp_path):
     assert (tmp_path / "out" / "longbench.png").exists()
 
 
+def test_without_jieba_nothing_of_longbench_is_asked_in_vain(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    monkeypatch.setattr("train.tasks.longbench.answers", lambda *_, **__: pytest.fail("measured"))
+    row = {"context": "It was built in 1889.", "input": "When?", "answers": ["1889"]}
+    for name in DATASETS:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    status, _, err = run("--task", "longbench", "--data", tmp_path, "--output", tmp_path / "out")
+    assert status == 1
+    assert "pip install 'mamba-jax[longbench]', or name the other data sets with --datasets" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_long_prompt_is_read_in_chunks_with_time_and_memory_by_position(run, tmp_path):
     options = ("--task", "prefill_scaling", "--lengths", "4K", "--chunk", "512", "--output", tmp_path)
     status, _, err = run(*options)
@@ -168,6 +208,12 @@ def test_a_long_prompt_is_read_in_chunks_with_time_and_memory_by_position(run, t
         (["--task", "prefill_scaling", "--lengths", "1K,2K"], 2, "give one length"),
         (["--task", "prefill_scaling", "--lengths", "1K"], 2, "two chunks of --chunk 16384"),
         (["--task", "passkey", "--methods", "longmamba", "--decay_threshold", "2"], 2, "need --calibration FILE"),
+        ([*DECIMAMBA, "--decimamba_layers", "1,0"], 2, "'1,0' are no layers: give their numbers, ascending, from 0"),
+        ([*DECIMAMBA, "--decimamba_layers", "0,2"], 1, "DeciMamba.layers = (0, 2) cannot be used: the model's layers"),
+        ([*DECIMAMBA, "--decimamba_length", "0"], 2, "'0' is no number of 1 or more"),
+        ([*DECIMAMBA, "--decimamba_beta", "0"], 2, "'0' is no share above 0, at most 1"),
+        (["--task", "passkey", "--decimamba_beta", "0.8"], 2, "--decimamba_beta is of the method decimamba: add it to"),
+        (["--decimamba_length", "2K"], 2, "--decimamba_length is an option of tasks"),
     ],
 )
 def test_mistakes_are_named_with_the_way_out(run, options, status, message):
@@ -203,6 +249,35 @@ def test_a_method_that_does_not_fit_the_model_says_so(run, calibration, tmp_path
     assert status == 1
     assert "the method layers_8 cannot be used on this model: LongMamba.layers = 8" in err
     assert "name the others with --methods, in place of --ablations" in err
+
+
+def test_methods_that_find_no_channel_say_that_they_change_nothing(run, calibration, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.tasks.cell.answers", lambda model, examples, *_, **__: [""] * len(examples))
+    with np.load(calibration) as file:
+        decays = np.exp(file["log_decay_0"].astype(np.float64))
+    chosen = ("--methods", "vanilla,longmamba,longmamba_streaming,local,layers_4", "--calibration", calibration)
+    monkeypatch.setitem(methods.METHODS, "layers_4", methods._longmamba(layers=2))
+
+    def said(threshold: float, length: int = 512) -> list[str]:
+        options = ("--task", "passkey", "--lengths", length, "--depths", "0", "--tries", 1, "--output", tmp_path)
+        status, _, err = run(*options, *chosen, "--decay_threshold", threshold)
+        assert status == 0, err
+        return [line for line in err.splitlines() if "leaves everything as it is" in line]
+
+    above, below = (1 + decays.max()) / 2, decays.min() / 2
+    assert said(above) == [
+        f"{name} leaves everything as it is: no channel of {of} is global with decay_threshold {above:g}"
+        for name, of in (
+            ("longmamba", "this model"),
+            ("longmamba_streaming", "this model"),
+            ("layers_4", "the 2 layers that forget least"),
+        )
+    ]
+    assert said(below) == [
+        f"local leaves everything as it is: no channel of this model is local with decay_threshold {below:g}"
+    ]
+    assert said(decays.max() * 0.999) == []
+    assert said(above, TRAINING_LENGTH)[0].startswith("longmamba_streaming")  # the others extend nothing so short
 
 
 def test_methods_without_effect_at_the_training_length_are_the_model(model, calibration):

@@ -8,9 +8,12 @@ import re
 import numpy as np
 import pytest
 
+from tests.train.tasks.conftest import sentences
 from train.data.tokenizer import ByteTokenizer
+from train.data.tokens import tokens_in_memory
 from train.errors import UserError
 from train.tasks.document_retrieval import DocumentRetrieval, PassagesOfFile, PassagesOfText, cells
+from train.tasks.text import Text
 
 
 @pytest.fixture
@@ -36,6 +39,25 @@ def test_the_golden_document_holds_the_query(task):
         assert len({number for number, _ in documents}) == 6
         assert query in dict(documents)[example.expected]
         assert bytes(example.answer.astype("u1")).decode() == f"{example.expected}|>"
+
+
+def test_one_document_alone_holds_the_query_where_most_of_the_text_repeats():
+    indents = " " * 100 + "\n" + "\t" * 100
+    text = Text(tokens_in_memory([*sentences(0, 30) * 3, indents, *sentences(1, 30)], ByteTokenizer()))
+    task = DocumentRetrieval(PassagesOfText(text), seed=0)
+    examples = [task.example(index, 20) for index in range(60)]
+    examples += [task.training_example(index, 2048) for index in range(60)]
+    for example in examples:
+        query, documents = _documents(example)
+        assert [number for number, document in documents if query in document] == [example.expected]
+        assert sum(not character.isspace() for character in query) >= 8
+
+
+@pytest.mark.parametrize("text", ["again and again. ", " \n\t" * 400])
+def test_a_text_without_a_query_of_one_document_says_what_to_do(text):
+    task = DocumentRetrieval(PassagesOfText(Text(tokens_in_memory([text * 30], ByteTokenizer()))), seed=0)
+    with pytest.raises(UserError, match=r"stands in several of 2 documents.* Take a larger one, or fewer documents"):
+        task.example(0, 2)
 
 
 def test_the_golden_document_stands_at_every_place_alike(task):
