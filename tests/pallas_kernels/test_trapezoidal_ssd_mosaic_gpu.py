@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.mosaic_gpu_compat import plgpu
 from pallas_kernels.ssd.mosaic_gpu import plan as ssd_plan
 from pallas_kernels.trapezoidal_ssd import mosaic_gpu, reference
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles
 from tests.pallas_kernels.kernel_results import (
     assert_vmap_is_a_loop,
     assert_within,
@@ -121,6 +123,18 @@ def test_parts_of_a_long_sequence_join_to_the_whole(monkeypatch):
     choose = ssd_plan.choose
     monkeypatch.setattr(ssd_plan, "choose", lambda *sizes: dataclasses.replace(choose(*sizes), parts=3))
     assert_right(make_inputs(1, 5 * 64, 1, 16, 8, optional=(), rate=1.0))
+
+
+@pytest.mark.slow
+def test_angles_are_as_precise_behind_many_turns_as_their_terms():
+    random = np.random.default_rng(0)
+    step_size, theta = np.ones((1, 1024, 1), np.float32), random.uniform(0, 200, (1, 1024, 32)).astype(np.float32)
+    with plgpu.force_gpu_interpret_mode():
+        sums = jax.jit(functools.partial(angles.sums, tokens=64))(jnp.asarray(step_size), jnp.asarray(theta))
+    half_turns = np.asarray(sums, float)[0, 0].reshape(1024, 32) * (2 / 2**16)
+    difference = half_turns - np.cumsum(theta[0].astype(float), axis=0)
+    # The integers' own step is 3e-5.
+    assert np.abs((difference + 1) % 2 - 1).max() < 1e-4
 
 
 @pytest.mark.slow

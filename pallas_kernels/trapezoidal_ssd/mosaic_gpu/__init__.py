@@ -152,7 +152,6 @@ _scan = with_backward_pass(forward_pass, backward_pass, parameters=("D", "B_bias
 def _matrix_gradients(call: Call, arrays: Arrays, of_heads: jax.Array) -> Arrays:
     """Gradients of B, C and their biases, given those of every head's B and C, cut as the backward kernel does."""
     length, groups, rank, state = arrays["B"].shape[1:]
-    # One kernel for both, which alone would not keep the memory busy.
     of_groups, of_chunks = (
         array.reshape(2, call.batch, *array.shape[1:])
         for array in sum_heads.sums(of_heads.reshape(-1, *of_heads.shape[2:]), groups)

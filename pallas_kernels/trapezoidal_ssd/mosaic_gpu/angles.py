@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int16
 from pallas_kernels.mosaic_gpu_compat import LANES, WARPS, plgpu, register_tile, store
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu.turning import FULL_TURN
-from pallas_kernels.trapezoidal_ssd.rotation import cumulative_angle
+from pallas_kernels.trapezoidal_ssd.rotation import cumulative_angle, total_angle
 
 PAIRS_UNIT = LANES
 """Angles of a token and head are a multiple of this, the rest zero."""
@@ -44,7 +44,9 @@ def sums(
         return jnp.pad(array, padding).reshape(batch, chunks, tokens, size)
 
     inputs = {"step_size": cut(step_size, padded_heads), "theta": cut(theta, pairs)}
-    of_chunks = jnp.einsum("bcth,bctp->bchp", *inputs.values(), precision=lax.Precision.HIGHEST)
+    increments = inputs["step_size"][..., None] * inputs["theta"][:, :, :, None]
+    # A matrix product would be faster, and lose the digits that whole turns push out.
+    of_chunks = total_angle(jnp.moveaxis(increments, 2, 1))
     inputs["start"] = jnp.pad(cumulative_angle(of_chunks)[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
     outputs = {"angles": jax.ShapeDtypeStruct((batch, padded_heads, chunks, tokens, pairs), jnp.int16)}
     blocks_of_pairs, together = pairs // LANES, min(tokens, _TOGETHER)
