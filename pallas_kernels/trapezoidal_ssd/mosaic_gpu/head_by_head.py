@@ -41,6 +41,11 @@ class HeadByHead:
     def heads(self) -> int:
         return self.p.heads_per_group // self.splits
 
+    @property
+    def places(self) -> int:
+        """Heads in shared memory at once: no more than there are."""
+        return min(self.stages, self.heads)
+
     def head(self, i: Any) -> Any:
         """The block's i-th head."""
         return self.piece * self.heads + i
@@ -61,13 +66,12 @@ class HeadByHead:
         for name in ("B", "C"):
             source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns]
             plgpu.copy_gmem_to_smem(source, self.smem[name], self.smem["loaded"])
-        stages = min(self.stages, self.heads)
 
         def step(i: Any, carry: None) -> None:
             del carry
-            slot = lax.rem(i, stages)
+            slot = lax.rem(i, self.places)
 
-            @pl.when(i >= stages)
+            @pl.when(i >= self.places)
             def _() -> None:
                 plgpu.barrier_wait(self.smem["free"].at[slot])
 
@@ -100,12 +104,11 @@ class HeadByHead:
             carry: passed from head to head.
             turns: the matrix that this warpgroup makes for every head, if it makes one.
         """
-        stages = min(self.stages, self.heads)
         if turns is not None:
             plgpu.barrier_wait(self.smem["loaded"])
 
         def step(i: Any, carry: Any) -> Any:
-            slot, head = lax.rem(i, stages), self.head(i)
+            slot, head = lax.rem(i, self.places), self.head(i)
             plgpu.barrier_wait(self.smem["full"].at[slot])
             refs = {name: self.smem[name].at[slot] for name in (*self.streamed, "partners", "swung")}
             if turns is not None:
