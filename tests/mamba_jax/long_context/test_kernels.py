@@ -11,11 +11,11 @@ from flax import nnx
 from mamba_jax.long_context.calibration import calibrate
 from mamba_jax.long_context.diagnostics import collect
 from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba
-from mamba_jax.mixers import Mamba1Config, Mamba2Config
+from mamba_jax.mixers import Mamba1Config, Mamba2Config, Mamba3Config
 from mamba_jax.models.language_model import LanguageModelConfig
 
 TRAINING_LENGTH = 128
-KINDS = {"M": Mamba1Config(), "2": Mamba2Config(state_size=64)}
+KINDS = {"M": Mamba1Config(), "2": Mamba2Config(state_size=64), "3": Mamba3Config(state_size=64)}
 EVERY_CHANNEL_IS_GLOBAL = 1e-300
 
 
@@ -47,7 +47,7 @@ def tokens():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ["M", "2"])
+@pytest.mark.parametrize("pattern", KINDS)
 def test_the_kernels_leave_out_tokens_as_the_definition_does(pattern, tokens):
     fast, slow = (extended(build(pattern, name, "float32"), tokens) for name in (None, "reference"))
     # Of the first layer alone: in the layers above, rounding decides about tokens next to a threshold.
@@ -58,7 +58,7 @@ def test_the_kernels_leave_out_tokens_as_the_definition_does(pattern, tokens):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ["M", "2"])
+@pytest.mark.parametrize("pattern", KINDS)
 def test_in_bfloat16_too_nothing_changes_up_to_the_training_length(pattern, tokens):
     model = build(pattern, None, "bfloat16")
     within = tokens[:, :TRAINING_LENGTH]
@@ -66,7 +66,7 @@ def test_in_bfloat16_too_nothing_changes_up_to_the_training_length(pattern, toke
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ["M", "2"])
+@pytest.mark.parametrize("pattern", KINDS)
 def test_in_bfloat16_too_chunks_equal_the_whole(pattern, tokens):
     model = extended(build(pattern, None, "bfloat16"), tokens)
     whole, _ = read(model, tokens)
@@ -74,4 +74,6 @@ def test_in_bfloat16_too_chunks_equal_the_whole(pattern, tokens):
     for chunk in jnp.split(tokens, [100, 400], axis=1):
         logits, state = read(model, chunk, state)
         parts.append(logits)
-    assert relative_error(jnp.concatenate(parts, axis=1), whole) < 1e-2
+    # Chunks round otherwise than the whole, which puts a few steps on the other side of their threshold.
+    bound = {"M": 1e-2, "2": 1e-2, "3": 3e-2}[pattern]
+    assert relative_error(jnp.concatenate(parts, axis=1), whole) < bound
