@@ -105,7 +105,10 @@ def _as_ranks(array: jax.Array, rows: int) -> jax.Array:
 
 
 def forward_pass(arrays: Arrays, *, save_states: bool) -> Arrays:
-    """Returns "y" and "final_state", and with ``save_states`` the "states" that the backward pass will want."""
+    """Returns "y" and "final_state", and with ``save_states`` what the backward pass will want.
+
+    That is "states", before each chunk, and "tokens" and "angles", which are not made twice.
+    """
     made = _kernel_arrays(arrays)
     call = _call(made, arrays)
     inputs = _prepared(call, made, "x", "B", "C", "D")
@@ -118,7 +121,7 @@ def forward_pass(arrays: Arrays, *, save_states: bool) -> Arrays:
         "final_state": turning.trim_halves(turned_back, arrays["B"].shape[-1]),
     }
     if save_states:
-        trimmed["states"] = results["states"]
+        trimmed |= {"states": results["states"], "tokens": inputs["tokens"], "angles": made["angles"]}
     return trimmed
 
 
@@ -199,11 +202,10 @@ def _angle_factors(call: Call, arrays: Arrays) -> Arrays:
 def _kernel_arrays(arrays: Arrays) -> Arrays:
     """The arrays as ``Call`` takes them: with angles, the kernels' state, and rows in the place of ranks."""
     rank = arrays["B"].shape[3]
-    sums = angles.sums(arrays["step_size"], arrays["theta"], CHUNK // rank)
-    made = arrays | {
-        "angles": jnp.repeat(sums, rank, axis=3),
-        "initial_state": turning.pad_halves(arrays["initial_state"]),
-    }
+    made = arrays | {"initial_state": turning.pad_halves(arrays["initial_state"])}
+    if "angles" not in arrays:
+        sums = angles.sums(arrays["step_size"], arrays["theta"], CHUNK // rank)
+        made["angles"] = jnp.repeat(sums, rank, axis=3)
     for name in ("B", "C"):
         made[name] = turning.pad_halves(_as_tokens(arrays[name]))
         if f"{name}_bias" in arrays:
