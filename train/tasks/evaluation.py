@@ -57,7 +57,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     trained = Trained(tokenizer, data.sequence_length, lambda: Text(pipeline.load(data).held_out))
     plan = TASKS[options.task].plan(options, trained)
     step, model = checkpoint.restore(jax.eval_shape(lambda: checkpoint.experiment.model.build(nnx.Rngs(0))))
-    calibration = load_calibration(options.calibration, methods, model, options.checkpoint, read=plan.read)
+    calibration = load_calibration(
+        options.calibration, methods, model, options.checkpoint, read=plan.read, text=plan.text
+    )
     setting = Setting(data.sequence_length, calibration, options.decay_threshold, **_given_of_decimamba(options))
     for method in methods:  # found out before hours are spent on the others
         reader = extended(method, model, setting, max(cell.length for cell in plan.cells))

@@ -13,6 +13,7 @@ from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba, c
 from mamba_jax.models.language_model import LanguageModel
 from train.errors import UsageError, UserError
 from train.settings import did_you_mean
+from train.tasks.text import Text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +104,7 @@ def check_names(names: Sequence[str]) -> list[str]:
 
 
 def load_calibration(
-    path: Path | None, names: Sequence[str], model: LanguageModel, checkpoint: Path, *, read: str
+    path: Path | None, names: Sequence[str], model: LanguageModel, checkpoint: Path, *, read: str, text: Text | None
 ) -> Calibration | None:
     """The calibration, where there is one.
 
@@ -112,7 +113,8 @@ def load_calibration(
         names: methods that are to be used.
         model: what they are to be used on.
         checkpoint: where it is from.
-        read: names the text of the evaluation by its content.
+        read: names what the evaluation reads by its content.
+        text: that, where it is running text.
 
     Raises:
         UsageError: a method needs one, and none was given.
@@ -127,7 +129,7 @@ def load_calibration(
     try:
         calibration = Calibration.load(path)
         calibration.require_model(model)
-        calibration.require_unseen(read)
+        calibration.require_unseen(read, text.pieces() if text else ())
     except FileNotFoundError:
         raise UserError(f"--calibration {path}: there is no such file. {make}") from None
     except ValueError as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Integer
 
 from train.data.tokenizer import Tokenizer
 from train.data.tokens import Tokens, tokens_in_memory
@@ -36,6 +37,10 @@ class Text:
     def size(self) -> int:
         """Positions a reading can start from."""
         return len(self._tokens.ids)
+
+    def pieces(self) -> Iterator[Integer[np.ndarray, " tokens"]]:
+        """All of it once, in order, cut anywhere."""
+        return self._tokens.iter_text()
 
     def read(self, start: int, count: int) -> Int32[np.ndarray, " count"]:
         """``count`` tokens from position ``start`` on, from 0 to before ``size``."""

@@ -282,7 +282,8 @@ def test_methods_that_find_no_channel_say_that_they_change_nothing(run, calibrat
 
 def test_methods_without_effect_at_the_training_length_are_the_model(model, calibration):
     setting = methods.Setting(
-        TRAINING_LENGTH, methods.load_calibration(calibration, ["longmamba"], model, calibration, read="a text")
+        TRAINING_LENGTH,
+        methods.load_calibration(calibration, ["longmamba"], model, calibration, read="a text", text=None),
     )
     for name in ("vanilla", "longmamba", "scaled", "local", "decimamba"):
         assert methods.extended(name, model, setting, TRAINING_LENGTH) is model
