@@ -114,7 +114,9 @@ def _document_retrieval(options: argparse.Namespace, trained: Trained) -> Plan:
 
 def _perplexity_by_length(options: argparse.Namespace, trained: Trained) -> Plan:
     text = _text(options, trained)
-    lengths, windows = options.lengths or _doublings(trained.training_length, 7), options.tries or 20
+    all_lengths = _doublings(trained.training_length, 7)
+    lengths = options.lengths or [length for length in all_lengths if length <= text.count] or all_lengths[:1]
+    windows = options.tries or 20
 
     def report(folder: Path, results: Found) -> dict[str, list[Row]]:
         rows = mapped(pooled(results, ("method", "length")), lambda loss: math.exp(min(loss, 700.0)))
@@ -131,7 +133,7 @@ def _perplexity_by_length(options: argparse.Namespace, trained: Trained) -> Plan
         return {"by_length": rows}
 
     cells = perplexity_by_length.cells(text, lengths=lengths, windows=windows, seed=options.seed)
-    return Plan(cells, text.fingerprint, text, {"windows": windows, "longest": max(lengths)}, report)
+    return Plan(cells, text.fingerprint, text, {"windows": windows}, report)
 
 
 def _longbench(options: argparse.Namespace, trained: Trained) -> Plan:
