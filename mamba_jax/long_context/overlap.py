@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Integer, UInt64
 
 LONGEST_RUN = 1024
-"""Tokens in common that are found however long the sequences are. A page: no licence's header is as long."""
+"""Tokens in common that are found however long the sequences are; more than the header of a licence, even as bytes."""
 
 _WINDOWS_A_RUN = 8
 """A window begins this many times a run, so that each run holds a whole one."""

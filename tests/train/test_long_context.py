@@ -121,6 +121,7 @@ def test_sequences_that_the_held_out_split_has_a_part_of_give_way(run, checkpoin
     ("arguments", "status", "expected"),
     [
         (("--length", 9999), 2, "602 tokens are too few for sequences of length 9999"),
+        (("--length", "1K"), 2, "602 tokens are too few for sequences of length 1024"),
         (("--count", 0), 2, "count = 0"),
         (("--clamp", 1.0), 1, "clamp = 1.0 cannot be used"),
     ],
