@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Integer
 
 from mamba_jax.long_context import calibration as calibrations
+from mamba_jax.long_context import overlap
 from mamba_jax.long_context.calibration import Calibration
 from mamba_jax.long_context.longmamba import chosen_channels
 from mamba_jax.models.language_model import LanguageModel
 from train.checkpoint import TrainedModel, load_for_inference
 from train.data import pipeline
-from train.data.tokens import Tokens
+from train.data.tokens import Corpus, Tokens
 from train.errors import UsageError, UserError
+
+_DRAWN_FOR_EACH = 8
+"""Sequences drawn for each that is wanted, in case the held-out split has some of them too."""
+
+_log = logging.getLogger(__name__)
 
 
 def run(
@@ -68,26 +76,53 @@ def calibrate(
 ) -> Calibration:
     """Calibrates a model on the training split of the data its run was configured with; never on any other text.
 
+    A sequence of which the held-out split has a good part too, as in a copy of a document, gives way to the next drawn.
     Arguments and errors are those of ``run``.
     """
     data = trained.experiment.data
     corpus = pipeline.load(data)
     corpus.require_vocabulary(trained.experiment.model.vocab_size)
     length = data.sequence_length if length is None else length
-    sequences = _sample(corpus.train, length=length, count=count, seed=seed)
+    sequences = _sample(corpus, length=length, count=count, seed=seed)
+    separator = corpus.tokenizer.separator_id
     try:
-        return calibrations.calibrate(model, sequences, clamp=clamp, source=corpus.train.fingerprint)
+        return calibrations.calibrate(
+            model, sequences, clamp=clamp, source=corpus.train.fingerprint, separator=separator
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def _sample(tokens: Tokens, *, length: int, count: int, seed: int) -> np.ndarray:
-    """Sequences from a split, (count, length)."""
+def _sample(corpus: Corpus, *, length: int, count: int, seed: int) -> Integer[np.ndarray, "count length"]:
+    """The first sequences drawn from the training split of which the held-out split has no good part."""
+    tokens = corpus.train
     try:
-        starts = calibrations.sample_starts(len(tokens.ids), length=length, count=count, seed=seed)
+        starts = calibrations.sample_starts(
+            len(tokens.ids), length=length, count=max(count, _DRAWN_FOR_EACH * count), seed=seed
+        )
     except ValueError as error:
         raise UsageError(f"--length {length} --count {count}: {error}") from None
-    return np.stack([tokens.read(start, start + length) for start in starts])
+    sequences = np.stack([tokens.read(start, start + length) for start in starts])
+    is_held_out = _are_in(corpus.held_out, sequences)
+    chosen = np.flatnonzero(~is_held_out)[:count]
+    if len(chosen) < count:
+        raise UserError(
+            f"of {len(sequences)} sequences of {length} tokens drawn from the training split, the held-out split has a "
+            f"good part of {is_held_out.sum()} too: the corpus repeats itself. Give a smaller --count, or make the "
+            "corpus again without copies."
+        )
+    if left_out := is_held_out[: chosen[-1]].sum():
+        _log.info("%d of the sequences drawn left out: the held-out split has a good part of each too", left_out)
+    return sequences[chosen]
+
+
+def _are_in(tokens: Tokens, sequences: Integer[np.ndarray, "count length"]) -> Bool[np.ndarray, " count"]:
+    """Which sequences a split has a good part of."""
+    length = sequences.shape[1]
+    texts = [sequence[sequence != tokens.tokenizer.separator_id] for sequence in sequences]
+    excerpts = overlap.excerpts(texts, length)
+    found = overlap.found(np.concatenate(excerpts), tokens.iter_text(), length)
+    return np.array([part.any() for part in np.split(found, np.cumsum([len(part) for part in excerpts])[:-1])])
 
 
 def _summary(calibration: Calibration, places: int) -> str:

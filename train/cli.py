@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mamba_jax import __version__
+from train.arguments import count
 from train.errors import UsageError, UserError
 
 _BINDING = "--gin."
@@ -215,7 +216,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="calibration to write, such as c.npz")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a sequence (the run's training length)")
+    parser.add_argument("--length", type=count, metavar="N", help="tokens of a sequence (the run's training length)")
     parser.add_argument("--count", type=int, default=10, metavar="N", help="sequences to measure (10)")
     parser.add_argument("--seed", type=int, default=0, help="decides which sequences of the training split (0)")
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
 from mamba_jax import sharding
+from mamba_jax.long_context import overlap
 from mamba_jax.long_context.attach import selective_places, without_extenders
 from mamba_jax.long_context.diagnostics import log_decay
 from mamba_jax.long_context.fingerprint import fingerprint
 from mamba_jax.mixers.selective import Selection, SelectiveMixer
 from mamba_jax.models.language_model import LanguageModel
 
-_FORMAT = "mamba-jax long-context calibration 3"
+_FORMAT = "mamba-jax long-context calibration 4"
 
 STEPS_PER_OCTAVE = 8
 """Lengths measured for each doubling."""
@@ -72,6 +74,8 @@ class Calibration:
     """``fingerprint`` of the model measured."""
     source: str | None
     """Names the text the sequences are from, by its content; None where that was not said."""
+    excerpts: tuple[int, ...]
+    """Hashes by which parts of the sequences are known again in any text; see ``overlap``."""
     places: dict[int, LayerStatistics]
     """By place in the model's pattern, those with a delta."""
 
@@ -110,7 +114,9 @@ class Calibration:
             ) from error
         if not is_ours:
             raise ValueError(f"{os.fspath(path)} is of another version than {_FORMAT!r}: calibrate again.")
-        return Calibration(places={place: _layers(arrays, place) for place in header.pop("places")}, **header)
+        excerpts = tuple(header.pop("excerpts"))
+        places = {place: _layers(arrays, place) for place in header.pop("places")}
+        return Calibration(excerpts=excerpts, places=places, **header)
 
     def require_model(self, model: LanguageModel) -> None:
         """Raises a ValueError unless this was measured on exactly these parameters."""
@@ -121,11 +127,15 @@ class Calibration:
                 f"calibrate this model and use that."
             )
 
-    def require_unseen(self, source: str) -> None:
+    def require_unseen(self, source: str, pieces: Iterable[Integer[np.ndarray, " _"]]) -> None:
         """Raises a ValueError unless this was measured on other text than is to be evaluated on.
+
+        The text may neither be the one that the sequences are from, nor hold ``overlap.run_length`` consecutive tokens
+        of one of them: half a sequence, at most 1,024.
 
         Args:
             source: name of the text to evaluate on, of the same kind as was given to ``calibrate``.
+            pieces: its tokens in their order, cut anywhere, without separators; see ``overlap.found``.
         """
         if self.source is None:
             raise ValueError(
@@ -136,6 +146,13 @@ class Calibration:
             raise ValueError(
                 f"the calibration was measured on the very text to evaluate on ({source[:12]}): "
                 "calibrate on training data."
+            )
+        hashes = np.array(self.excerpts, np.uint64)
+        if overlap.found(hashes, pieces, self.training_length).any():
+            raise ValueError(
+                "the text to evaluate on holds a part of what the calibration was measured on "
+                f"({overlap.run_length(self.training_length)} tokens or nearly as many): evaluate on other text, or "
+                "calibrate on other sequences (another seed)."
             )
 
 
@@ -150,6 +167,7 @@ def calibrate(
     *,
     clamp: float | None = None,
     source: str | None = None,
+    separator: int | None = None,
 ) -> Calibration:
     """Measures the step sizes of every layer.
 
@@ -162,6 +180,8 @@ def calibrate(
             the paper), 0.05 where it has one (Mamba-2, the authors' code, which has 0.2 for Mamba-1).
         source: names the text the sequences are from, such as ``train.data.tokens.Tokens.fingerprint``; evaluations
             then refuse to use the calibration on the same text.
+        separator: token between documents, if there is one. What evaluations read has none, so the excerpts by which
+            they know the sequences again are without.
 
     Raises:
         ValueError: there is no token, no layer has a delta, or the share is below 0 or not below 1.
@@ -184,12 +204,14 @@ def calibrate(
         return model.map_mixers(of_mixer, sequences)
 
     measured = measure(model, jnp.asarray(sequences, jnp.int32))
+    texts = [sequence[sequence != separator] for sequence in np.asarray(sequences)]
     return Calibration(
         training_length=length,
         sequences=count,
         clamp=clamp,
         checkpoint=fingerprint(model),
         source=source,
+        excerpts=tuple(np.concatenate(overlap.excerpts(texts, length)).tolist()),
         places={
             place: LayerStatistics(*map(np.asarray, measured[place]), decay_rates=_decay_rates(model, place))
             for place in places

@@ -83,15 +83,45 @@ def test_a_calibration_is_of_the_training_split_and_the_checkpoint(run, checkpoi
             actual = getattr(measured.places[place], field.name)
             np.testing.assert_allclose(actual, getattr(layers, field.name), rtol=1e-5)
     measured.require_model(model)
-    measured.require_unseen(corpus.held_out.fingerprint)
+    measured.require_unseen(corpus.held_out.fingerprint, corpus.held_out.iter_text())
     with pytest.raises(ValueError, match="the very text to evaluate on"):
-        measured.require_unseen(corpus.train.fingerprint)
+        measured.require_unseen(corpus.train.fingerprint, [])
+
+
+def test_sequences_that_the_held_out_split_has_a_part_of_give_way(run, checkpoint, corpus, tmp_path, monkeypatch):
+    ids = corpus.train.ids
+    starts = calibrations.sample_starts(len(ids), length=LENGTH, count=9, seed=5)
+    begin, end = starts[1] + 3, starts[1] + 3 + LENGTH // 2
+    in_common = [min(start + LENGTH, end) - max(start, begin) for start in starts]
+    assert [tokens for tokens in in_common if tokens >= 14] == 2 * [LENGTH // 2]  # starts[1], and one more
+    shared = corpus.tokenizer.decode(ids[begin:end])
+    text = corpus.tokenizer.decode(corpus.held_out.ids)
+    held_out = tokens_in_memory([text[:70] + shared[:5], shared[5:] + text[70:]], corpus.tokenizer)
+    monkeypatch.setattr(pipeline, "load", lambda data: dataclasses.replace(corpus, held_out=held_out))
+    status, _, err = run(
+        "calibrate", "--checkpoint", checkpoint[0], "--out", tmp_path / "c.npz", "--count", 3, "--seed", 5
+    )
+    assert status == 0, err
+    assert "2 of the sequences drawn left out: the held-out split has a good part of each too" in err
+    measured = calibrations.Calibration.load(tmp_path / "c.npz")
+    measured.require_unseen("another text", held_out.iter_text())
+    others = [start for start, tokens in zip(starts, in_common, strict=True) if tokens < LENGTH // 2]
+    chosen = np.stack([ids[start : start + LENGTH] for start in others[:3]])
+    expected = calibrations.calibrate(checkpoint[1], chosen, separator=corpus.tokenizer.separator_id)
+    assert measured.excerpts == expected.excerpts
+
+    copy = dataclasses.replace(corpus, held_out=corpus.train)
+    monkeypatch.setattr(pipeline, "load", lambda data: copy)
+    status, _, err = run("calibrate", "--checkpoint", checkpoint[0], "--out", tmp_path / "d.npz")
+    assert (status, "the held-out split has a good part of 80 too" in err) == (1, True)
+    assert not (tmp_path / "d.npz").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "expected"),
     [
         (("--length", 9999), 2, "602 tokens are too few for sequences of length 9999"),
+        (("--length", "1K"), 2, "602 tokens are too few for sequences of length 1024"),
         (("--count", 0), 2, "count = 0"),
         (("--clamp", 1.0), 1, "clamp = 1.0 cannot be used"),
     ],

@@ -7,11 +7,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.arguments import count
 from train.errors import UsageError
 from train.tasks.names import ABLATIONS, METHODS, TASKS
 
-DECIMAMBA_OPTIONS = ("decimamba_layers", "decimamba_length", "decimamba_beta")
-"""Options of the method decimamba, None where they are not given."""
+METHOD_OPTIONS = (
+    "decay_threshold",
+    "table_step",
+    "channels_seed",
+    "decimamba_layers",
+    "decimamba_length",
+    "decimamba_beta",
+)
+"""Options of some methods alone, None where they are not given."""
 
 _DEFAULT_METHODS = "vanilla"
 
@@ -28,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="ways to read long prompts, of those below (vanilla)",
     )
-    group.add_argument("--ablations", action="store_true", help=f"add the methods {', '.join(ABLATIONS)}")
+    group.add_argument(
+        "--ablations",
+        action="store_true",
+        help=f"add those of the methods {', '.join(ABLATIONS)} that the model has the layers for",
+    )
     group.add_argument(
         "--calibration", type=Path, metavar="FILE", help="what 'mamba-jax calibrate' made of this checkpoint"
     )
@@ -36,8 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decay_threshold",
         type=float,
         metavar="TH",
-        help="decay above which a channel is global (1e-30 for Mamba-1, 5e-2 for Mamba-2)",
+        help="decay above which a channel is global (1e-30 for Mamba-1, 5e-2 for Mamba-2 and Mamba-3)",
     )
+    group.add_argument(
+        "--table_step",
+        type=count,
+        metavar="N",
+        help="round the length that g is taken of to a multiple of this, as the paper's table does to 1000 (as it is)",
+    )
+    group.add_argument("--channels_seed", type=_seed, metavar="N", help="decides the channels of the method random (0)")
     group.add_argument(
         "--decimamba_layers",
         type=_layers,
@@ -46,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--decimamba_length",
-        type=_count,
+        type=count,
         metavar="N",
         help="tokens that the first of them keeps, of sequences longer than those in training (the training length)",
     )
@@ -58,9 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--lengths",
-        type=_comma_separated(_count),
+        type=_comma_separated(count),
         metavar="N,N",
-        help="tokens of whole sequences, such as 1K,2K,128K (1K to 128K; for perplexity, 1 to 64 training lengths)",
+        help="tokens of whole sequences, such as 1K,2K,128K (1K to 128K; for perplexity, 1 to 64 training lengths, as "
+        "many as the text has)",
     )
     group.add_argument(
         "--depths",
@@ -70,13 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--documents",
-        type=_comma_separated(_count),
+        type=_comma_separated(count),
         metavar="N,N",
         help="numbers of documents (10,20,50,100,200,300)",
     )
     group.add_argument(
         "--tries",
-        type=_count,
+        type=count,
         metavar="N",
         help="questions or windows a cell (20; 100 for documents; all of LongBench's)",
     )
@@ -92,19 +112,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--datasets", type=_comma_separated(str), metavar="A,B", help="those of LongBench's to ask (all)"
     )
     group.add_argument(
-        "--max_prompt", type=_count, metavar="N", help="cut longer prompts of LongBench in the middle (never)"
+        "--max_prompt", type=count, metavar="N", help="cut longer prompts of LongBench in the middle (never)"
     )
     group.add_argument(
-        "--chunk", type=_count, default=1 << 14, metavar="N", help="tokens of a prompt to read at a time (16K)"
+        "--chunk", type=count, default=1 << 14, metavar="N", help="tokens of a prompt to read at a time (16K)"
     )
     group.add_argument(
         "--tokens_at_a_time",
-        type=_count,
+        type=count,
         default=1 << 18,
         metavar="N",
         help="tokens on the device at a time, which decides how many prompts are read together (256K)",
     )
-    group.add_argument("--seed", type=int, default=0, help="decides the questions, the same for each method (0)")
+    group.add_argument("--seed", type=_seed, default=0, help="decides the questions, the same for each method (0)")
     group.add_argument("--overwrite", action="store_true", help="forget the results that the folder has")
 
 
@@ -119,6 +139,7 @@ def check(options: argparse.Namespace, given: Sequence[str]) -> None:
         UsageError: a task or method that does not exist, or an option that is of another task or of none.
     """
     from train.settings import did_you_mean
+    from train.tasks.methods import options_of
     from train.tasks.plans import TASKS as PLANS
 
     named = {argument.removeprefix("--").partition("=")[0] for argument in given if argument.startswith("--")}
@@ -136,10 +157,17 @@ def check(options: argparse.Namespace, given: Sequence[str]) -> None:
         raise UsageError(f"--{others[0]} is of no use to --task {options.task}, which takes {listed}.")
     options.depths = options.depths or [0.0, 0.25, 0.5, 0.75, 1.0]
     options.documents = options.documents or [10, 20, 50, 100, 200, 300]
-    options.methods = [*options.methods, *(ABLATIONS if options.ablations else ())]
-    given_of_decimamba = [name for name in DECIMAMBA_OPTIONS if getattr(options, name) is not None]
-    if given_of_decimamba and "decimamba" not in options.methods:
-        raise UsageError(f"--{given_of_decimamba[0]} is of the method decimamba: add it to --methods.")
+    taken = options_of(asked_methods(options))
+    for name in METHOD_OPTIONS:
+        if getattr(options, name) is not None and name not in taken:
+            takers = [method for method in METHODS if name in options_of([method])]
+            of = f"the method {takers[0]}: add it" if len(takers) == 1 else f"the methods {', '.join(takers)}: add one"
+            raise UsageError(f"--{name} is of {of} to --methods.")
+
+
+def asked_methods(options: argparse.Namespace) -> list[str]:
+    """Names of the methods that are asked for, whether there are such or not."""
+    return list(dict.fromkeys([*options.methods, *(ABLATIONS if options.ablations else ())]))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -163,17 +191,10 @@ def _comma_separated[Item](convert: Callable[[str], Item]) -> Callable[[str], li
     return parse
 
 
-def _count(text: str) -> int:
-    """A whole number above 0, K for 1,024 and M for 1,048,576."""
-    units = {"K": 1 << 10, "M": 1 << 20}
-    digits, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
-    try:
-        count = int(digits) * unit
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more, such as 2048, 2K or 1M")
-    return count
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed: give a whole number from 0")
+    return int(text)
 
 
 def _share(text: str) -> float:

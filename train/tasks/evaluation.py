@@ -26,9 +26,17 @@ from train.data import pipeline
 from train.data.tokenizer import tokenizer_from_description
 from train.errors import UserError
 from train.tasks.cell import Cell, Result
-from train.tasks.command import DECIMAMBA_OPTIONS
+from train.tasks.command import METHOD_OPTIONS, asked_methods
 from train.tasks.intervals import CONFIDENCE
-from train.tasks.methods import METHODS, Setting, check_names, extended, load_calibration, without_effect
+from train.tasks.methods import (
+    METHODS,
+    Setting,
+    check_names,
+    extended,
+    load_calibration,
+    too_few_layers,
+    without_effect,
+)
 from train.tasks.plans import TASKS, Trained
 from train.tasks.reading import Reading
 from train.tasks.results import Key, Results, write_json
@@ -50,15 +58,21 @@ class _Asked:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs ``mamba-jax evaluate --task``; see ``train.tasks.command``."""
-    methods = check_names(options.methods)
+    methods = check_names(asked_methods(options))
     checkpoint = load_for_inference(options.checkpoint)
     data = checkpoint.experiment.data
     tokenizer = tokenizer_from_description(checkpoint.tokenizer)
     trained = Trained(tokenizer, data.sequence_length, lambda: Text(pipeline.load(data).held_out))
     plan = TASKS[options.task].plan(options, trained)
     step, model = checkpoint.restore(jax.eval_shape(lambda: checkpoint.experiment.model.build(nnx.Rngs(0))))
-    calibration = load_calibration(options.calibration, methods, model, options.checkpoint, read=plan.read)
-    setting = Setting(data.sequence_length, calibration, options.decay_threshold, **_given_of_decimamba(options))
+    calibration = load_calibration(
+        options.calibration, methods, model, options.checkpoint, read=plan.read, text=plan.text
+    )
+    setting = Setting(data.sequence_length, calibration, **{name: getattr(options, name) for name in METHOD_OPTIONS})
+    for method in [method for method in methods if method not in options.methods]:
+        if reason := too_few_layers(method, setting):
+            print(reason, file=sys.stderr)
+            methods.remove(method)
     for method in methods:  # found out before hours are spent on the others
         reader = extended(method, model, setting, max(cell.length for cell in plan.cells))
         if reader is not model and (reason := without_effect(method, setting)):
@@ -114,14 +128,9 @@ def _key(method: str, cell: Cell, options: argparse.Namespace) -> Key:
     key = {"method": method, **cell.key}
     if METHODS[method].needs_calibration:
         digest = hashlib.sha256(options.calibration.read_bytes()).hexdigest()[:16]
-        key |= {"calibration": digest, "decay_threshold": options.decay_threshold}
-    if method == "decimamba":
-        key |= _given_of_decimamba(options)
-    return key
-
-
-def _given_of_decimamba(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name in DECIMAMBA_OPTIONS if (value := getattr(options, name)) is not None}
+        key |= {"calibration": digest}
+    given = {name: getattr(options, name) for name in METHOD_OPTIONS if name in METHODS[method].options}
+    return key | {name: value for name, value in given.items() if value is not None}
 
 
 def _named(cell: Cell) -> str:

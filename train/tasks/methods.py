@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mamba_jax.long_context.calibration import Calibration
@@ -13,6 +13,7 @@ from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba, c
 from mamba_jax.models.language_model import LanguageModel
 from train.errors import UsageError, UserError
 from train.settings import did_you_mean
+from train.tasks.text import Text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,6 +25,10 @@ class Setting:
     """Needed by some methods; ``load_calibration`` makes sure of it."""
     decay_threshold: float | None = None
     """LongMamba's; None takes that of ``LongMambaConfig``."""
+    table_step: int | None = None
+    """LongMamba's, where g is that of the whole length."""
+    channels_seed: int | None = None
+    """LongMamba's ``seed``; None takes that of ``LongMambaConfig``."""
     decimamba_layers: Sequence[int] | None = None
     """DeciMamba's ``layers``; None takes the middle one, as the paper does for passkeys."""
     decimamba_length: int | None = None
@@ -38,6 +43,10 @@ class Method:
     """Takes the model, and the length of the sequence, answer included."""
     longmamba: Callable[[Setting], LongMambaConfig] | None = None
     """LongMamba's settings but for the length, where the method is LongMamba or an ablation of it."""
+    options: frozenset[str] = frozenset()
+    """Names of the options that decide what it does, beside the calibration; fields of ``Setting``."""
+    layers: int | None = None
+    """Layers that it extends; None for all."""
     in_chunks: bool = True
     """Whether a prompt may be read a part at a time."""
 
@@ -48,7 +57,8 @@ class Method:
 
 def _longmamba(*, streaming: bool = False, **changes) -> Method:
     def config(setting: Setting) -> LongMambaConfig:
-        return LongMambaConfig(**{"decay_threshold": setting.decay_threshold, **changes})
+        seed = LongMambaConfig.seed if setting.channels_seed is None else setting.channels_seed
+        return LongMambaConfig(**{"decay_threshold": setting.decay_threshold, "seed": seed, **changes})
 
     def extend(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
         assert setting.calibration is not None
@@ -56,9 +66,16 @@ def _longmamba(*, streaming: bool = False, **changes) -> Method:
             return apply_longmamba(model, setting.calibration, config(setting))
         if length <= setting.calibration.training_length:
             return model  # nothing is left out of so short a sequence
-        return apply_longmamba(model, setting.calibration, dataclasses.replace(config(setting), length=length))
+        whole = dataclasses.replace(config(setting), length=length, table_step=setting.table_step)
+        return apply_longmamba(model, setting.calibration, whole)
 
-    return Method(extend, config)
+    applies = {
+        "decay_threshold": "decay_threshold" not in changes,
+        "table_step": not streaming,
+        "channels_seed": changes.get("channels") == "random",
+    }
+    options = frozenset(name for name, does in applies.items() if does)
+    return Method(extend, config, options, layers=changes.get("layers"))
 
 
 def _decimamba(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
@@ -81,7 +98,13 @@ METHODS = {
     "vanilla": Method(lambda model, setting, length: model),
     "longmamba": _longmamba(),
     "longmamba_streaming": _longmamba(streaming=True),
-    "decimamba": Method(_decimamba, in_chunks=False),
+    "longmamba_rescaled": _longmamba(rescale=True),
+    "longmamba_streaming_rescaled": _longmamba(streaming=True, rescale=True),
+    "decimamba": Method(
+        _decimamba,
+        options=frozenset({"decimamba_layers", "decimamba_length", "decimamba_beta"}),
+        in_chunks=False,
+    ),
     "scaled": Method(_scaled),
     "local": _longmamba(channels="local"),
     "random": _longmamba(channels="random"),
@@ -89,6 +112,11 @@ METHODS = {
     "layers_8": _longmamba(layers=8),
     **{f"threshold_{th:.0e}": _longmamba(decay_threshold=th) for th in (1e-20, 1e-25, 1e-30, 1e-35, 1e-40)},
 }
+
+
+def options_of(names: Iterable[str]) -> frozenset[str]:
+    """Options that decide what some of the methods do; names that no method has are passed over."""
+    return frozenset().union(*(METHODS[name].options for name in names if name in METHODS))
 
 
 def check_names(names: Sequence[str]) -> list[str]:
@@ -103,7 +131,7 @@ def check_names(names: Sequence[str]) -> list[str]:
 
 
 def load_calibration(
-    path: Path | None, names: Sequence[str], model: LanguageModel, checkpoint: Path, *, read: str
+    path: Path | None, names: Sequence[str], model: LanguageModel, checkpoint: Path, *, read: str, text: Text | None
 ) -> Calibration | None:
     """The calibration, where there is one.
 
@@ -112,7 +140,8 @@ def load_calibration(
         names: methods that are to be used.
         model: what they are to be used on.
         checkpoint: where it is from.
-        read: names the text of the evaluation by its content.
+        read: names what the evaluation reads by its content.
+        text: that, where it is running text.
 
     Raises:
         UsageError: a method needs one, and none was given.
@@ -127,7 +156,7 @@ def load_calibration(
     try:
         calibration = Calibration.load(path)
         calibration.require_model(model)
-        calibration.require_unseen(read)
+        calibration.require_unseen(read, text.pieces() if text else ())
     except FileNotFoundError:
         raise UserError(f"--calibration {path}: there is no such file. {make}") from None
     except ValueError as error:
@@ -144,6 +173,15 @@ def extended(name: str, model: LanguageModel, setting: Setting, length: int) -> 
             f"the method {name} cannot be used on this model: {error} Or do without it: name the others with "
             "--methods, in place of --ablations."
         ) from None
+
+
+def too_few_layers(name: str, setting: Setting) -> str | None:
+    """Why a method that extends some layers alone makes no sense for a model, or None where it does."""
+    wanted, calibration = METHODS[name].layers, setting.calibration
+    if wanted is None or calibration is None:
+        return None
+    there = sum(len(layers.log_decay) for layers in calibration.places.values())
+    return f"{name} is left out: of layers with a delta the model has {there}" if there < wanted else None
 
 
 def without_effect(name: str, setting: Setting) -> str | None:

@@ -16,6 +16,8 @@ METHODS = {
     "vanilla": "the model as trained",
     "longmamba": "LongMamba, g of the whole length",
     "longmamba_streaming": "LongMamba, g of the position",
+    "longmamba_rescaled": "longmamba with as many steps as in training, scaled to their mean",
+    "longmamba_streaming_rescaled": "longmamba_streaming with the same",
     "decimamba": "DeciMamba: later layers see few tokens",
     "scaled": "every delta times training length / length",
     "local": "LongMamba on local channels",

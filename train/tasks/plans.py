@@ -32,7 +32,9 @@ Found = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 class Plan:
     cells: Sequence[Cell]
     read: str
-    """Names what is read by its content: the text that no calibration may have seen."""
+    """Names what is read by its content: what no calibration may have seen."""
+    text: Text | None
+    """What is read where that is running text, no part of which a calibration may have seen."""
     identity: Mapping[str, Any]
     """What decides the cells beside the checkpoint, the text and their keys."""
     report: Callable[[Path, Found], dict[str, list[Row]]]
@@ -78,16 +80,18 @@ def _passkey(options: argparse.Namespace, trained: Trained) -> Plan:
     return Plan(
         passkey.cells(task, lengths=options.lengths or _doublings(1024, 8), depths=options.depths, tries=tries),
         task.text.fingerprint,
+        task.text,
         {"tries": tries},
         report,
     )
 
 
 def _document_retrieval(options: argparse.Namespace, trained: Trained) -> Plan:
-    if options.documents_file:
+    text = None if options.documents_file else _text(options, trained)
+    if text is None:
         passages = document_retrieval.PassagesOfFile(options.documents_file, trained.tokenizer)
     else:
-        passages = document_retrieval.PassagesOfText(_text(options, trained))
+        passages = document_retrieval.PassagesOfText(text)
     task = document_retrieval.DocumentRetrieval(passages, options.seed)
     tries = options.tries or 100
 
@@ -105,12 +109,14 @@ def _document_retrieval(options: argparse.Namespace, trained: Trained) -> Plan:
         return {"by_documents": rows}
 
     cells = document_retrieval.cells(task, documents=options.documents, tries=tries)
-    return Plan(cells, passages.fingerprint, {"tries": tries}, report)
+    return Plan(cells, passages.fingerprint, text, {"tries": tries}, report)
 
 
 def _perplexity_by_length(options: argparse.Namespace, trained: Trained) -> Plan:
     text = _text(options, trained)
-    lengths, windows = options.lengths or _doublings(trained.training_length, 7), options.tries or 20
+    all_lengths = _doublings(trained.training_length, 7)
+    lengths = options.lengths or [length for length in all_lengths if length <= text.count] or all_lengths[:1]
+    windows = options.tries or 20
 
     def report(folder: Path, results: Found) -> dict[str, list[Row]]:
         rows = mapped(pooled(results, ("method", "length")), lambda loss: math.exp(min(loss, 700.0)))
@@ -127,7 +133,7 @@ def _perplexity_by_length(options: argparse.Namespace, trained: Trained) -> Plan
         return {"by_length": rows}
 
     cells = perplexity_by_length.cells(text, lengths=lengths, windows=windows, seed=options.seed)
-    return Plan(cells, text.fingerprint, {"windows": windows, "longest": max(lengths)}, report)
+    return Plan(cells, text.fingerprint, text, {"windows": windows}, report)
 
 
 def _longbench(options: argparse.Namespace, trained: Trained) -> Plan:
@@ -157,7 +163,7 @@ def _longbench(options: argparse.Namespace, trained: Trained) -> Plan:
         )
         return {"by_dataset": rows}
 
-    return Plan(cells, " ".join(digests), {"max_prompt": options.max_prompt}, report)
+    return Plan(cells, " ".join(digests), None, {"max_prompt": options.max_prompt}, report)
 
 
 def _prefill_scaling(options: argparse.Namespace, trained: Trained) -> Plan:
@@ -171,7 +177,7 @@ def _prefill_scaling(options: argparse.Namespace, trained: Trained) -> Plan:
         plot.plot_growth(folder / "prefill_scaling.png", title, {key["method"]: result for key, result in results})
         return {"by_method": [_growth(key, result) for key, result in results]}
 
-    return Plan(prefill_scaling.cells(text, length=length, chunk=options.chunk), text.fingerprint, {}, report)
+    return Plan(prefill_scaling.cells(text, length=length, chunk=options.chunk), text.fingerprint, text, {}, report)
 
 
 def _growth(key: Mapping[str, Any], result: Mapping[str, Any]) -> Row:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Integer
 
 from train.data.tokenizer import Tokenizer
 from train.data.tokens import Tokens, tokens_in_memory
@@ -37,6 +38,15 @@ class Text:
         """Positions a reading can start from."""
         return len(self._tokens.ids)
 
+    @property
+    def count(self) -> int:
+        """Tokens of it, until it begins again."""
+        return self._tokens.targets - self._tokens.documents
+
+    def pieces(self) -> Iterator[Integer[np.ndarray, " tokens"]]:
+        """All of it once, in order, cut anywhere."""
+        return self._tokens.iter_text()
+
     def read(self, start: int, count: int) -> Int32[np.ndarray, " count"]:
         """``count`` tokens from position ``start`` on, from 0 to before ``size``."""
         parts, missing = [np.zeros(0, np.int32)], count
@@ -47,3 +57,15 @@ class Text:
             missing -= len(text)
             start = (start + len(ids)) % self.size
         return np.concatenate(parts)
+
+    def read_before(self, end: int, count: int) -> Int32[np.ndarray, " count"]:
+        """``count`` tokens up to before position ``end``, from 0 to before ``size``."""
+        parts, missing = [np.zeros(0, np.int32)], count
+        while missing:
+            end = end or self.size  # before the beginning comes the end
+            ids = self._tokens.read(max(0, end - missing), end)
+            text = ids[ids != self.tokenizer.separator_id].astype(np.int32)
+            parts.append(text)
+            missing -= len(text)
+            end -= len(ids)
+        return np.concatenate(parts[::-1])

@@ -224,11 +224,27 @@ def test_extenders_are_not_calibrated(model, sequences, calibration):
 
 
 def test_text_that_was_calibrated_on_is_not_evaluated_on(calibration):
-    calibration.require_unseen("another text")
+    calibration.require_unseen("another text", [])
     with pytest.raises(ValueError, match=r"measured on the very text to evaluate on \(a text\)"):
-        calibration.require_unseen("a text")
+        calibration.require_unseen("a text", [])
     with pytest.raises(ValueError, match="does not say what text it was measured on"):
-        dataclasses.replace(calibration, source=None).require_unseen("a text")
+        dataclasses.replace(calibration, source=None).require_unseen("a text", [])
+
+
+def test_text_with_a_part_of_what_was_calibrated_on_is_not_evaluated_on(model, sequences, calibration):
+    other = np.asarray(tokens(1, 1, 200)[0])
+    half = np.asarray(sequences[3, 5 : 5 + TRAINING_LENGTH // 2])
+    calibration.require_unseen("another text", [other])
+    with pytest.raises(ValueError, match=f"holds a part .* measured on .{TRAINING_LENGTH // 2} tokens"):
+        calibration.require_unseen("another text", [other[:77], half[:3], half[3:], other[77:]])
+
+
+def test_separators_do_not_hide_what_was_calibrated_on():
+    model, documents = language_model(), np.asarray(tokens(0, 2, TRAINING_LENGTH)) % 30
+    separated = np.insert(documents, [5, 14], 30, axis=1)
+    calibration = calibrate(model, separated, source="a text", separator=30)
+    with pytest.raises(ValueError, match="holds a part of what the calibration was"):
+        calibration.require_unseen("another text", [documents[1, 3:16]])
 
 
 def test_a_file_keeps_everything(calibration, tmp_path):

@@ -80,3 +80,11 @@ def test_a_model_s_vocabulary_must_hold_the_corpus():
     corpus.require_vocabulary(256)
     with pytest.raises(UserError, match=r"LanguageModel\.vocab_size = 255 .* set LanguageModel\.vocab_size to 256"):
         corpus.require_vocabulary(255)
+
+
+def test_text_is_all_documents_in_order_without_separators(monkeypatch):
+    tokens = tokens_in_memory(["ab", "", "cdefg", "h"], ByteTokenizer())
+    monkeypatch.setattr("train.data.tokens.CHECKSUM_BLOCK", 3)
+    pieces = list(tokens.iter_text())
+    assert len(pieces) > 1
+    assert b"".join(piece.tobytes() for piece in pieces) == b"abcdefgh"

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mamba_jax.long_context.calibration import calibrate
+from mamba_jax.long_context.calibration import Calibration, calibrate, sample_starts
+from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba
+from mamba_jax.long_context.token_filter import TokenFilter
 from tests.train.tasks.conftest import TRAINING_LENGTH
 from train import cli
 from train.checkpoint import load_for_inference
@@ -125,6 +127,72 @@ def test_options_of_decimamba_are_applied_and_are_cells_of_their_own(run, tmp_pa
     ]
 
 
+def test_options_of_longmamba_are_applied_and_are_cells_of_their_own(run, model, calibration, tmp_path, monkeypatch):
+    filters = []
+
+    def answers(model, examples, tokenizer, reading, *, max_new_tokens):
+        filters.append(model.blocks[0].mixer.extender)
+        return [""] * len(examples)
+
+    monkeypatch.setattr("train.tasks.cell.answers", answers)
+    known = Calibration.load(calibration)
+    threshold = float(
+        np.median(np.exp(known.places[0].log_decay.astype(np.float64)))
+    )  # half of the channels are global
+    options = ("--task", "passkey", "--calibration", calibration, "--decay_threshold", threshold, "--output", tmp_path)
+
+    def measured(names: str, *given: object) -> list[TokenFilter]:
+        filters.clear()
+        status, _, err = run(*options, "--methods", names, "--depths", 0, "--lengths", 700, "--tries", 1, *given)
+        assert status == 0, err
+        return list(filters)
+
+    def expected(**changes) -> TokenFilter:
+        config = LongMambaConfig(**{"decay_threshold": threshold, "length": 700, **changes})
+        return apply_longmamba(model, known, config).blocks[0].mixer.extender
+
+    def assert_filters(found: list[TokenFilter], *configs: dict) -> None:
+        for actual, config in zip(found, configs, strict=True):
+            of_config = expected(**config)
+            np.testing.assert_array_equal(actual.thresholds, of_config.thresholds)
+            np.testing.assert_array_equal(actual.scales, of_config.scales)
+
+    assert_filters(measured("longmamba,random"), {}, {"channels": "random"})
+    assert_filters(measured("longmamba,random", "--channels_seed", 3), {"channels": "random", "seed": 3})
+    assert_filters(
+        measured("longmamba,random", "--table_step", 500), {"length": 500}, {"length": 500, "channels": "random"}
+    )
+    assert not np.array_equal(expected(channels="random").thresholds, expected(channels="random", seed=3).thresholds)
+    assert not np.array_equal(expected().thresholds, expected(length=500).thresholds)
+    rescaled = measured("longmamba_rescaled,longmamba_streaming_rescaled")
+    assert_filters(rescaled, {"rescale": True}, {"rescale": True, "length": None})
+    assert all(np.any(found.scales != 1) for found in rescaled)
+    assert measured("longmamba,random", "--channels_seed", 3) == []
+    keys = [json.loads(line)["key"] for line in (tmp_path / "cells.jsonl").read_text().splitlines()[1:]]
+    assert [(key["method"], key.get("channels_seed"), key.get("table_step")) for key in keys] == [
+        ("longmamba", None, None),
+        ("random", None, None),
+        ("random", 3, None),
+        ("longmamba", None, 500),
+        ("random", None, 500),
+        ("longmamba_rescaled", None, None),
+        ("longmamba_streaming_rescaled", None, None),
+    ]
+
+
+def test_ablations_that_the_model_has_too_few_layers_for_are_left_out(run, calibration, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.tasks.cell.answers", lambda model, examples, *_, **__: [""] * len(examples))
+    monkeypatch.setitem(methods.METHODS, "layers_4", methods._longmamba(layers=2))  # as many as there are
+    options = ("--task", "passkey", "--ablations", "--calibration", calibration, "--lengths", 512, "--depths", 0)
+    status, _, err = run(*options, "--tries", 1, "--output", tmp_path)
+    assert status == 0, err
+    assert "layers_8 is left out: of layers with a delta the model has 2" in err
+    asked = [row["method"] for row in json.loads((tmp_path / "passkey.json").read_text())["by_length"]]
+    assert asked == ["vanilla", *(name for name in names.ABLATIONS if name != "layers_8")]
+    status, _, err = run(*options, "--methods", "layers_8", "--output", tmp_path)
+    assert (status, "the method layers_8 cannot be used on this model" in err) == (1, True)
+
+
 def test_every_method_is_asked_the_same(run, tmp_path, monkeypatch):
     asked: dict[str, list[bytes]] = {}
     current: list[str] = []
@@ -147,6 +215,23 @@ def test_every_method_is_asked_the_same(run, tmp_path, monkeypatch):
     assert status == 0, err
     assert asked["vanilla"] == asked["scaled"] == asked["decimamba"]
     assert len(set(asked["vanilla"])) == 20
+
+
+def test_perplexity_is_measured_at_any_lengths_that_the_text_has(run, tmp_path, monkeypatch):
+    measured = []
+
+    def losses(model, windows, reading, *, last):
+        measured.append(len(windows[0]))
+        return [1.0] * len(windows)
+
+    monkeypatch.setattr("train.tasks.perplexity_by_length.losses_of_last", losses)
+    (tmp_path / "text.txt").write_text("".join(map(chr, range(1000, 1900))))  # 1,848 bytes
+    options = ("--task", "perplexity_by_length", "--text", tmp_path / "text.txt", "--output", tmp_path / "out")
+    for given, expected in (((), [256, 512, 1024]), (("--lengths", "300,512"), [300]), (("--lengths", 1500), [1500])):
+        measured.clear()
+        status, _, err = run(*options, *given)
+        assert (status, measured) == (0, expected), err
+    assert run(*options, "--lengths", 2000)[0] == 1
 
 
 def test_longbench_is_asked_and_its_answers_kept(run, tmp_path):
@@ -213,6 +298,10 @@ def test_a_long_prompt_is_read_in_chunks_with_time_and_memory_by_position(run, t
         ([*DECIMAMBA, "--decimamba_length", "0"], 2, "'0' is no number of 1 or more"),
         ([*DECIMAMBA, "--decimamba_beta", "0"], 2, "'0' is no share above 0, at most 1"),
         (["--task", "passkey", "--decimamba_beta", "0.8"], 2, "--decimamba_beta is of the method decimamba: add it to"),
+        (["--task", "passkey", "--seed", "-1"], 2, "'-1' is no seed: give a whole number from 0"),
+        (["--task", "passkey", "--channels_seed", "1"], 2, "--channels_seed is of the method random: add it to"),
+        (["--task", "passkey", "--table_step", "1K"], 2, "longmamba_rescaled, local, random, layers_4, layers_8, thr"),
+        (["--task", "passkey", "--decay_threshold", "0.1"], 2, "layers_4, layers_8: add one to --methods"),
         (["--decimamba_length", "2K"], 2, "--decimamba_length is an option of tasks"),
     ],
 )
@@ -241,6 +330,31 @@ def test_a_calibration_on_the_text_of_the_evaluation_is_refused(run, checkpoint,
         calibrate(model, np.ones((1, 16), np.int32), source=source).save(tmp_path / "seen.npz")
         status, _, err = run("--task", "passkey", "--methods", "longmamba", "--calibration", tmp_path / "seen.npz")
         assert (status, message in err) == (1, True), err
+
+
+def test_a_text_with_a_part_of_a_calibrated_sequence_is_refused_in_any_file(run, checkpoint, tmp_path):
+    calibrated = cli.main(
+        ["calibrate", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "c.npz"), "--count", "2"]
+    )
+    assert calibrated == 0
+    corpus = pipeline.load(load_for_inference(checkpoint).experiment.data)
+    starts = sample_starts(len(corpus.train.ids), length=TRAINING_LENGTH, count=2, seed=0)
+    sequence = corpus.tokenizer.decode(corpus.train.ids[starts[1] : starts[1] + TRAINING_LENGTH])
+    other = "Nothing of this was read before: " + " ".join(map(str, range(800)))
+    options = ("--methods", "longmamba", "--calibration", tmp_path / "c.npz", "--text", tmp_path / "text.txt")
+    (tmp_path / "text.txt").write_text(other + sequence[20 : 20 + TRAINING_LENGTH // 2] + other)
+    asked = ("--lengths", 256, "--depths", 0, "--tries", 1, "--output", tmp_path / "out")
+    for task in (
+        ["passkey", *asked],
+        ["document_retrieval", "--documents", 2, "--tries", 1],
+        ["perplexity_by_length", "--lengths", 256, "--tries", 1],
+        ["prefill_scaling", "--lengths", 256, "--chunk", 128],
+    ):
+        status, _, err = run("--task", *task, *options)
+        assert (status, "holds a part of what the calibration was measured on (128 tokens" in err) == (1, True), err
+    (tmp_path / "text.txt").write_text(other + sequence[20 : 20 + TRAINING_LENGTH // 3] + other)
+    status, _, err = run("--task", "passkey", *asked, *options)
+    assert status == 0, err
 
 
 def test_a_method_that_does_not_fit_the_model_says_so(run, calibration, tmp_path):
@@ -282,7 +396,8 @@ def test_methods_that_find_no_channel_say_that_they_change_nothing(run, calibrat
 
 def test_methods_without_effect_at_the_training_length_are_the_model(model, calibration):
     setting = methods.Setting(
-        TRAINING_LENGTH, methods.load_calibration(calibration, ["longmamba"], model, calibration, read="a text")
+        TRAINING_LENGTH,
+        methods.load_calibration(calibration, ["longmamba"], model, calibration, read="a text", text=None),
     )
     for name in ("vanilla", "longmamba", "scaled", "local", "decimamba"):
         assert methods.extended(name, model, setting, TRAINING_LENGTH) is model

@@ -9,6 +9,7 @@ import pytest
 
 from tests.mamba_jax.long_context.models import language_model
 from train.data.tokenizer import ByteTokenizer
+from train.errors import UserError
 from train.tasks.cell import count_right
 from train.tasks.example import Example
 from train.tasks.perplexity_by_length import cells, window
@@ -85,13 +86,27 @@ def test_right_answers_are_counted(model):
 
 
 def test_windows_of_all_lengths_end_alike(text):
-    long = window(text, 2, length=900, longest=900, seed=0)
+    long = window(text, 2, length=900, seed=0)
     for length in (102, 300):
-        short = window(text, 2, length=length, longest=900, seed=0)
+        short = window(text, 2, length=length, seed=0)
         assert (len(short), short[0]) == (length, 255)
         np.testing.assert_array_equal(short[1:], long[1 - length :])
-    assert not np.array_equal(long, window(text, 3, length=900, longest=900, seed=0))
-    assert not np.array_equal(long, window(text, 2, length=900, longest=900, seed=1))
+    assert not np.array_equal(long, window(text, 3, length=900, seed=0))
+    assert not np.array_equal(long, window(text, 2, length=900, seed=1))
+
+
+def test_windows_are_pieces_of_the_text_read_in_circles(text):
+    once = b"".join(piece.tobytes() for piece in text.pieces())
+    assert len(once) == text.count
+    windows = [window(text, index, length=text.count, seed=0)[1:].astype(np.uint8).tobytes() for index in range(50)]
+    assert all(found in once + once for found in windows)
+    assert len({once.find(found[:200]) for found in windows}) > 25  # ends are spread over the text
+
+
+def test_windows_that_would_hold_what_they_predict_are_refused(text):
+    assert len(cells(text, lengths=[200, text.count], windows=1, seed=0)) == 2
+    with pytest.raises(UserError, match=f"window of {text.count + 1} tokens is too long"):
+        cells(text, lengths=[200, text.count + 1], windows=1, seed=0)
 
 
 def test_windows_without_context_are_refused(text):
