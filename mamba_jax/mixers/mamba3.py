@@ -14,7 +14,7 @@ from mamba_jax import initializers, settings, sharding
 from mamba_jax.layers.linear import Linear
 from mamba_jax.layers.norm import RMSNorm
 from mamba_jax.mixers.base import Leaf
-from mamba_jax.mixers.selective import Extender, Selection, extend, init_position
+from mamba_jax.mixers.selective import Extender, Selection, extend, extended_rates, init_position
 from pallas_kernels.trapezoidal_ssd import State, trapezoidal_ssd, trapezoidal_ssd_step
 from pallas_kernels.trapezoidal_ssd import flops as trapezoidal_ssd_flops
 
@@ -225,10 +225,11 @@ class Mamba3(nnx.Module):
         delta, position = extend(
             self.extender, dynamics[..., 0, :], self.dt_bias[...], position=position, segment_ids=segment_ids
         )
+        A = -jnp.maximum(heavy_tail(dynamics[..., 1, :]), self.config.decay_rate_floor)
         inputs = {
             "x": x,
             "delta": delta,
-            "A": -jnp.maximum(heavy_tail(dynamics[..., 1, :]), self.config.decay_rate_floor),
+            "A": extended_rates(self.extender, A),
             "B": self.B_norm(BC[..., 0, :, :]),
             "C": self.C_norm(BC[..., 1, :, :]),
             "lambda_": jax.nn.sigmoid(dynamics[..., 2, :]),

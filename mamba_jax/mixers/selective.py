@@ -1,4 +1,4 @@
-"""What mixers with a step size delta share: a place where an extender changes it, and a view of what the scan sees."""
+"""What mixers with a step size delta share: a place where an extender changes their decay, and what their scans see."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ FROZEN = -1e4
 
 @runtime_checkable
 class Extender(Protocol):
-    """Changes a layer's step sizes, before the scan, so that its state lasts for more tokens than it was trained on.
+    """Changes a layer's step sizes and decay rates, before the scan, so that its state lasts for more tokens.
 
     It sees each token with its position and nothing of the other tokens. So a whole prefill, a prefill in chunks and
     decoding token by token give the same result.
     """
+
+    @property
+    def A_scale(self) -> Float[Array, ""] | None:
+        """Multiplies the decay rates A, and not what enters the state; None leaves them as they are."""
+        ...
 
     def __call__(
         self,
@@ -68,7 +73,7 @@ class SelectiveMixer(Mixer, Protocol):
     """A mixer that steps its state by a delta of each token's own."""
 
     extender: Extender | None
-    """Changes delta before the scan; None leaves it as trained."""
+    """Changes delta and A before the scan; None leaves them as trained."""
     delta_floor: float
     """Least step size that the scan takes, whatever the extender says. Above 0, no token can be left out."""
 
@@ -109,6 +114,11 @@ def extend(
     began = _beginnings(batch_size, length, position, segment_ids)
     # The last position by itself: an extender that asks for no other does not pay for them.
     return extender(delta, bias, _positions(began)), length - jnp.max(began, axis=1)
+
+
+def extended_rates(extender: Extender | None, A: Float[Array, "*rates"]) -> Float[Array, "*rates"]:
+    """Decay rates, of channels or of tokens, as an extender changes them; ``A`` itself where it does not."""
+    return A if extender is None or extender.A_scale is None else extender.A_scale * A
 
 
 def init_position(extender: Extender | None, batch_size: int) -> Int[Array, " batch"] | None:
