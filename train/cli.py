@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mamba_jax import __version__
+from train.arguments import count
 from train.errors import UsageError, UserError
 
 _BINDING = "--gin."
@@ -215,7 +216,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="calibration to write, such as c.npz")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a sequence (the run's training length)")
+    parser.add_argument("--length", type=count, metavar="N", help="tokens of a sequence (the run's training length)")
     parser.add_argument("--count", type=int, default=10, metavar="N", help="sequences to measure (10)")
     parser.add_argument("--seed", type=int, default=0, help="decides which sequences of the training split (0)")
     parser.add_argument(
@@ -249,16 +250,30 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         help="what 'mamba-jax calibrate' wrote for this checkpoint (measured anew with its defaults)",
     )
     parser.add_argument(
-        "--length", type=int, metavar="N", help="tokens of the extended sequence (8 times the training length)"
+        "--length",
+        type=count,
+        metavar="N",
+        help="tokens of the extended sequence, such as 16K (8 times the training length)",
     )
     parser.add_argument("--layer", type=int, metavar="N", help="layer that figures 1, 7 and 8 show (the middle one)")
+    parser.add_argument(
+        "--decay_threshold",
+        type=float,
+        metavar="TH",
+        help="decay above which a channel is global (1e-30 for Mamba-1, 5e-2 for Mamba-2 and Mamba-3)",
+    )
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from train import inspection
 
     inspection.run(
-        options.checkpoint, options.out, calibration=options.calibration, length=options.length, layer=options.layer
+        options.checkpoint,
+        options.out,
+        calibration=options.calibration,
+        length=options.length,
+        layer=options.layer,
+        decay_threshold=options.decay_threshold,
     )
 
 

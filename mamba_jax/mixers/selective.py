@@ -55,17 +55,36 @@ class Selection:
     """What the scan of a layer sees. ``channels`` are Mamba-2's heads, where all channels of a head share a delta."""
 
     x: Leaf
-    """Input, (batch, length, channels) or (batch, length, heads, head_dim)."""
+    """Input, (batch, length, channels) or (batch, length, heads, head_dim); with a rank R above 1 (Mamba-3), that of
+    each rank, (batch, length, heads, R, head_dim)."""
     delta: Leaf
     """Step sizes after extender, bias and softplus, (batch, length, channels) in float32."""
     A: Leaf
     """Decay rates: (channels, state), or (channels,) where one rate is that of the whole state; (batch, length,
     channels, 1) where that rate is each token's own."""
-    B: Leaf = None
-    """Input matrix, (batch, length, state) or (batch, length, groups, state); None where a step sees other tokens than
-    its own (Mamba-3), so that no hidden attention is made of these arrays."""
-    C: Leaf = None
-    """Output matrix, of the same shape as ``B``."""
+    B: Leaf
+    """Input matrix, (batch, length, state) or (batch, length, groups, state), or (batch, length, groups, R, state).
+    That of a state that rotates is turned by the angle so far, so that the state need not be."""
+    C: Leaf
+    """Output matrix, of the same shape as ``B``, and turned like it."""
+    weight: Leaf | None = None
+    """What each token's input enters the state with, (batch, length, channels); None where that is ``delta``."""
+    own_weight: Leaf | None = None
+    """What it enters the token's own output with; None where that is ``delta``."""
+
+    @property
+    def rank(self) -> int:
+        """Inputs and outputs of a channel."""
+        return self.B.shape[3] if self.B.ndim == 5 else 1
+
+    def until(self, length: int) -> Selection:
+        """What the scan sees of the first ``length`` tokens."""
+        first = {
+            field.name: value[:, :length]
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) is not None and (field.name != "A" or value.ndim == 4)
+        }
+        return dataclasses.replace(self, **first)
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.arguments import count
 from train.errors import UsageError
 from train.tasks.names import ABLATIONS, METHODS, TASKS
 
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--decimamba_length",
-        type=_count,
+        type=count,
         metavar="N",
         help="tokens that the first of them keeps, of sequences longer than those in training (the training length)",
     )
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--lengths",
-        type=_comma_separated(_count),
+        type=_comma_separated(count),
         metavar="N,N",
         help="tokens of whole sequences, such as 1K,2K,128K (1K to 128K; for perplexity, 1 to 64 training lengths)",
     )
@@ -70,13 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--documents",
-        type=_comma_separated(_count),
+        type=_comma_separated(count),
         metavar="N,N",
         help="numbers of documents (10,20,50,100,200,300)",
     )
     group.add_argument(
         "--tries",
-        type=_count,
+        type=count,
         metavar="N",
         help="questions or windows a cell (20; 100 for documents; all of LongBench's)",
     )
@@ -92,14 +93,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--datasets", type=_comma_separated(str), metavar="A,B", help="those of LongBench's to ask (all)"
     )
     group.add_argument(
-        "--max_prompt", type=_count, metavar="N", help="cut longer prompts of LongBench in the middle (never)"
+        "--max_prompt", type=count, metavar="N", help="cut longer prompts of LongBench in the middle (never)"
     )
     group.add_argument(
-        "--chunk", type=_count, default=1 << 14, metavar="N", help="tokens of a prompt to read at a time (16K)"
+        "--chunk", type=count, default=1 << 14, metavar="N", help="tokens of a prompt to read at a time (16K)"
     )
     group.add_argument(
         "--tokens_at_a_time",
-        type=_count,
+        type=count,
         default=1 << 18,
         metavar="N",
         help="tokens on the device at a time, which decides how many prompts are read together (256K)",
@@ -161,19 +162,6 @@ def _comma_separated[Item](convert: Callable[[str], Item]) -> Callable[[str], li
         return list(dict.fromkeys(items))
 
     return parse
-
-
-def _count(text: str) -> int:
-    """A whole number above 0, K for 1,024 and M for 1,048,576."""
-    units = {"K": 1 << 10, "M": 1 << 20}
-    digits, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
-    try:
-        count = int(digits) * unit
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more, such as 2048, 2K or 1M")
-    return count
 
 
 def _share(text: str) -> float:

@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,19 +44,20 @@ def test_each_config_extends_by_its_own_method(model, calibration, sequence):
     assert decimated.decimation == DECIMAMBA
 
 
-def test_an_extension_replaces_the_one_before(model, calibration, sequence):
-    extended = extend(extend(model, LONGMAMBA, calibration), SCALING)
-    np.testing.assert_allclose(
-        collect(extended, sequence)[0].delta, collect(extend(model, SCALING), sequence)[0].delta, rtol=1e-6
-    )
-    assert jax.tree.structure(extend(extended, None)) == jax.tree.structure(model)
+def test_an_extension_replaces_the_one_before(model, calibration):
+    longmamba = extend(model, LONGMAMBA, calibration)
+    for config in (SCALING, None):
+        actual, expected = extend(longmamba, config), extend(model, config)
+        assert jax.tree.structure(actual) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert jax.tree.structure(extend(longmamba, None)) == jax.tree.structure(model)
 
 
-def test_extended_models_generate(model, calibration):
-    prompts = [np.asarray(tokens(2, 1, 40)[0]).tolist()]
-    for config in (LONGMAMBA, DECIMAMBA, SCALING, None):
-        extended = extend(model, config, calibration)
-        assert len(generate(extended, prompts, max_new_tokens=2, sampling=Sampling(temperature=0.0))[0]) == 2
+def test_a_scaled_model_continues_a_prompt_as_it_reads_it(model):
+    scaled, prompt = extend(model, SCALING), np.asarray(tokens(2, 1, 40)[0]).tolist()
+    continuation = generate(scaled, [prompt], max_new_tokens=4, sampling=Sampling(temperature=0.0))[0]
+    logits = jax.jit(lambda model, tokens: model(tokens)[0])(scaled, jnp.asarray([prompt + continuation]))
+    assert np.argmax(logits[0, len(prompt) - 1 : -1], axis=-1).tolist() == continuation
 
 
 def test_what_is_missing_is_said(model):

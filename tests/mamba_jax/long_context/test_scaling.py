@@ -104,13 +104,13 @@ def test_scaled_layers_on_a_mesh_are_those_on_one_device():
 def test_factors_of_a_tuple_are_those_of_the_layers_from_the_bottom(four_layers):
     sequence = tokens(3, 1, 9)
     original = collect(four_layers, sequence)
-    config = ScalingConfig(delta=(1.0, 1.0, 0.5, 1.0), A=(0.1, 0.2, 0.3, 0.4))
-    for layer, selection in collect(apply_scaling(four_layers, config), sequence).items():
-        np.testing.assert_allclose(selection.A, config.A[layer] * original[layer].A, rtol=1e-6)
-    for layer, selection in collect(apply_scaling(four_layers, ScalingConfig(config.delta)), sequence).items():
-        if layer <= 2:
-            expected = config.delta[layer] * original[layer].delta
-            np.testing.assert_allclose(selection.delta, expected, rtol=1e-4)
+    # The first two layers stay as they are, so that the third sees what it did.
+    delta, A = (1.0, 1.0, 0.5, 0.25), (1.0, 1.0, 0.3, 0.4)
+    scaled = collect(apply_scaling(four_layers, ScalingConfig(delta, A)), sequence)
+    for layer, selection in scaled.items():
+        np.testing.assert_allclose(selection.A, A[layer] * original[layer].A, rtol=1e-6)
+    for layer in (0, 1, 2):
+        np.testing.assert_allclose(scaled[layer].delta, delta[layer] * original[layer].delta, rtol=1e-4)
 
 
 def test_decay_alone_can_be_scaled_where_steps_have_a_lower_limit():
