@@ -133,27 +133,25 @@ def test_every_figure_of_the_paper_is_drawn_with_its_numbers(run, checkpoint, tm
 
 
 @pytest.mark.slow
-def test_mamba_3_is_in_every_figure_and_the_threshold_decides_in_each_what_is_global(run, tmp_path):
+def test_mamba_3_is_in_every_figure_and_the_threshold_decides_for_each_what_is_global(run, tmp_path):
     layers = {"3": Mamba3Config(state_size=4, head_dim=8)}
     save(tmp_path / "run", 0, dataclasses.replace(MODEL, pattern="3", layers=layers))
     inspect = "inspect", "--checkpoint", tmp_path / "run", "--out", tmp_path, "--length", 2 * LENGTH
-    status, _, err = run(*inspect, "--decay_threshold", 1e-300)
+    # By the default nearly all would be.
+    status, _, err = run(*inspect, "--decay_threshold", 0.999)
     assert (status, err) == (0, "")
     arrays = {path.stem: dict(np.load(path)) for path in tmp_path.glob("*.npz")}
     for number in ("01a", "01b", "07", "08", "09", "15", "16"):
         assert sum(name.startswith(f"figure_{number}_") for name in arrays) == 1
-    heads = 4
     for name in ("figure_01a_attention", "figure_01b_attention", "figure_15_attention", "figure_16_attention"):
         assert np.isfinite(np.diagonal(arrays[name]["log10_attention"], axis1=1, axis2=2)).all()
-    assert arrays["channels"]["is_global_0"].tolist() == [True] * heads
-    decay = arrays["figure_09_decay_layer_0"]
-    assert decay["log10_threshold"] == pytest.approx(-300)
-    assert np.all(decay["log10_extended"][:, -1] > decay["log10_original"][:, -1])
-    extended = arrays["figure_08_decay_with_longmamba"]
-    assert np.all(extended["log10_extended"][-1, :, -1] > extended["log10_original"][-1, :, -1])
-    assert np.all(arrays["filtered_share"]["whole"] > 0)
-    norms = arrays["state_norms"]
-    assert not np.allclose(norms["original"][0, -1], norms["extended"][0, -1], rtol=1e-3)
+    assert np.all(arrays["figure_07_receptive_field"]["receptive_field"] > 0)
+    heads = 4
+    assert arrays["channels"]["is_global_0"].tolist() == [False] * heads
+    for name in ("figure_08_decay_with_longmamba", "figure_09_decay_layer_0"):
+        np.testing.assert_array_equal(arrays[name]["log10_extended"], arrays[name]["log10_original"])
+    np.testing.assert_array_equal(arrays["state_norms"]["extended"], arrays["state_norms"]["original"])
+    assert np.all(arrays["state_norms"]["original"] > 0)
 
 
 @pytest.mark.parametrize(
