@@ -12,6 +12,7 @@ from mamba_jax.long_context.calibration import calibrate, length_ratios
 from mamba_jax.long_context.diagnostics import collect
 from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba, chosen_channels, interpolated
 from mamba_jax.long_context.scaling import ScalingConfig, apply_scaling
+from mamba_jax.long_context.token_filter import TokenFilter
 from mamba_jax.mixers.mamba2 import Mamba2Config
 from tests.mamba_jax.long_context.models import TRAINING_LENGTH, language_model, tokens
 
@@ -264,4 +265,4 @@ def test_a_mixer_without_delta_is_refused():
     model = language_model()
     model.blocks[0].mixer = Averages()
     with pytest.raises(ValueError, match="layer 0 of the pattern 'M' has no delta"):
-        with_extenders(model, {0: Averages()})
+        with_extenders(model, {0: TokenFilter(np.ones((2, 1, 24)))})
