@@ -250,16 +250,30 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         help="what 'mamba-jax calibrate' wrote for this checkpoint (measured anew with its defaults)",
     )
     parser.add_argument(
-        "--length", type=int, metavar="N", help="tokens of the extended sequence (8 times the training length)"
+        "--length",
+        type=count,
+        metavar="N",
+        help="tokens of the extended sequence, such as 16K (8 times the training length)",
     )
     parser.add_argument("--layer", type=int, metavar="N", help="layer that figures 1, 7 and 8 show (the middle one)")
+    parser.add_argument(
+        "--decay_threshold",
+        type=float,
+        metavar="TH",
+        help="decay above which a channel is global (1e-30 for Mamba-1, 5e-2 for Mamba-2 and Mamba-3)",
+    )
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from train import inspection
 
     inspection.run(
-        options.checkpoint, options.out, calibration=options.calibration, length=options.length, layer=options.layer
+        options.checkpoint,
+        options.out,
+        calibration=options.calibration,
+        length=options.length,
+        layer=options.layer,
+        decay_threshold=options.decay_threshold,
     )
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 from matplotlib.figure import Figure
 
-from mamba_jax.long_context import diagnostics, figures, measurements
+from mamba_jax.long_context import LongMambaConfig, figures, measurements
 from mamba_jax.long_context.calibration import Calibration
 from mamba_jax.models.language_model import LanguageModel
 from train import calibrate
@@ -34,6 +34,7 @@ def run(
     calibration: Path | None = None,
     length: int | None = None,
     layer: int | None = None,
+    decay_threshold: float | None = None,
 ) -> None:
     """Writes a PNG and an .npz for each figure; the text is the beginning of the held-out split.
 
@@ -42,26 +43,30 @@ def run(
         out: folder to write to, made where there is none.
         calibration: file of 'mamba-jax calibrate'; None measures with its defaults.
         length: tokens of the extended sequence; None takes 8 times the training length.
-        layer: layer that figures 1, 7 and 8 show; None takes the middle one of those with a delta. Figures of hidden
-            attention and of states leave out layers that have none (Mamba-3).
+        layer: layer that figures 1, 7 and 8 show; None takes the middle one of those with a delta.
+        decay_threshold: decay above which a channel is global; None takes that of ``LongMambaConfig``.
 
     Raises:
         UserError: a file cannot be read or written, or the calibration is of another model.
-        UsageError: there is no such layer, or the length does not fit the text.
+        UsageError: there is no such layer, the length does not fit the text, or the threshold is no share.
     """
+    try:
+        config = LongMambaConfig(decay_threshold=decay_threshold)
+    except ValueError as error:
+        raise UsageError(f"--decay_threshold: {error}") from None
     trained = load_for_inference(checkpoint)
     _, model = trained.restore(jax.eval_shape(lambda: trained.experiment.model.build(nnx.Rngs(0))))
     measured = calibrate.calibrate(trained, model) if calibration is None else _load(calibration, model)
     length = _EXTENSION * measured.training_length if length is None else length
     tokens = _held_out_tokens(trained, measured.training_length, length)
-    layers = measurements.layers_of(model, measured)
+    layers = measurements.layers_of(model, measured, config)
     layer = _middle(layers) if layer is None else layer
     if layer not in layers.is_global:
         raise UsageError(f"--layer {layer}: the layers with a delta are {', '.join(map(str, layers.is_global))}.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
-        for name, numbers, figure in _figures(model, measured, layers, tokens, layer):
+        for name, numbers, figure in _figures(model, measured, config, layers, tokens, layer):
             np.savez(out / f"{name}.npz", **_arrays(numbers))
             figures.save(figure, out / f"{name}.png")
             print(f"{time.perf_counter() - began:6.1f} s  {out / name}.png", flush=True)
@@ -72,6 +77,7 @@ def run(
 def _figures(
     model: LanguageModel,
     calibration: Calibration,
+    config: LongMambaConfig,
     layers: measurements.Layers,
     tokens: Int[Array, "1 length"],
     layer: int,
@@ -83,35 +89,31 @@ def _figures(
 
     yield "channels", layers, figures.census(layers)
 
-    with_attention = diagnostics.layers_with_attention(model)
-    if layer in with_attention:
-        five = {layer: layers.pick(layer, local=3, globals_=2)}
-        for part, sequence in (("a", at_training_length), ("b", tokens)):
-            maps = measurements.attention_maps(model, sequence, layers, five)
-            title = f"Hidden attention at {sequence.shape[1]:,} tokens"
-            picture = figures.attention_maps(maps, columns=len(maps.channel), title=title)
-            yield f"figure_01{part}_attention", maps, picture
+    five = {layer: layers.pick(layer, local=3, globals_=2)}
+    for part, sequence in (("a", at_training_length), ("b", tokens)):
+        maps = measurements.attention_maps(model, sequence, layers, five)
+        title = f"Hidden attention at {sequence.shape[1]:,} tokens"
+        picture = figures.attention_maps(maps, columns=len(maps.channel), title=title)
+        yield f"figure_01{part}_attention", maps, picture
 
-        fields = measurements.receptive_fields(model, tokens, layers, layer, layers.pick(layer, local=2, globals_=2))
-        yield "figure_07_receptive_field", fields, figures.receptive_fields(fields)
+    fields = measurements.receptive_fields(model, tokens, layers, layer, layers.pick(layer, local=2, globals_=2))
+    yield "figure_07_receptive_field", fields, figures.receptive_fields(fields)
 
     slowest = np.argsort(layers.log10_decay[layer])[::-1][:4]
-    decay = measurements.extended_decay(model, calibration, tokens, layers, layer, slowest, doublings)
+    decay = measurements.extended_decay(model, calibration, config, tokens, layers, layer, slowest, doublings)
     yield "figure_08_decay_with_longmamba", decay, figures.extended_decay(decay)
 
     for number, shown in zip(range(9, 15), _spread(list(layers.is_global), 6), strict=False):
         first_24 = np.arange(min(24, layers.is_global[shown].size))
-        curves = measurements.decay_curves(model, tokens, layers, shown, first_24)
+        curves = measurements.decay_curves(model, calibration, config, tokens, layers, shown, first_24)
         yield f"figure_{number:02}_decay_layer_{shown}", curves, figures.decay_curves(curves)
 
-    share = measurements.filtered_share(model, calibration, tokens, layers, doublings[1:])
+    share = measurements.filtered_share(model, calibration, config, tokens, layers, doublings[1:])
     yield "filtered_share", share, figures.filtered_share(share)
 
-    if not with_attention:
-        return
     twelve = {
         shown: np.unique(np.linspace(0, layers.is_global[shown].size - 1, 12).round().astype(int))
-        for shown in _spread(with_attention, 4)
+        for shown in _spread(list(layers.is_global), 4)
     }
     columns = min(12, *(len(channels) for channels in twelve.values()))
     for number, sequence in ((15, at_training_length), (16, tokens)):
@@ -119,7 +121,7 @@ def _figures(
         title = f"Hidden attention at {sequence.shape[1]:,} tokens"
         yield f"figure_{number}_attention", maps, figures.attention_maps(maps, columns=columns, title=title)
 
-    norms = measurements.state_norms(model, calibration, tokens, layers)
+    norms = measurements.state_norms(model, calibration, config, tokens, layers)
     yield "state_norms", norms, figures.state_norms(norms)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
-from flax import nnx
 
-from mamba_jax.mixers.selective import SelectiveMixer
+from mamba_jax.mixers.selective import Extender, SelectiveMixer
 from mamba_jax.models.language_model import LanguageModel
 
 
-def with_extenders(model: LanguageModel, extenders: Mapping[int, nnx.Module]) -> LanguageModel:
-    """A copy of a model, sharing its parameters, whose layers change their step sizes before the scan.
+def with_extenders(model: LanguageModel, extenders: Mapping[int, Extender]) -> LanguageModel:
+    """A copy of a model, sharing its parameters, whose layers change their step sizes and decay rates before the scan.
 
     It is used like the model itself: called, stepped, jitted, given to ``generate``. Its states differ by a position.
 
@@ -36,7 +35,7 @@ def with_extenders(model: LanguageModel, extenders: Mapping[int, nnx.Module]) ->
 
 
 def without_extenders(model: LanguageModel) -> LanguageModel:
-    """A copy of a model, sharing its parameters, with the step sizes as trained."""
+    """A copy of a model, sharing its parameters, with step sizes and decay rates as trained."""
     copy = jax.tree.map(lambda leaf: leaf, model)
     for place in selective_places(copy):
         mixer = copy.blocks[place].mixer

@@ -163,6 +163,8 @@ class DecimatedLanguageModel(LanguageModel):
 class _OnlyKept(nnx.Module):
     """An extender: tokens that are not kept leave the state as it is."""
 
+    A_scale = None
+
     def __init__(self, kept: Bool[Array, "batch length"]):
         self.kept = nnx.data(kept)
 

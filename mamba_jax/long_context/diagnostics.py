@@ -1,8 +1,8 @@
 """How far a layer sees: hidden attention, effective receptive field, cumulative decay, and which channels are global.
 
 Equations are those of the LongMamba paper; hidden attention is from Ali et al. 2024 (arXiv:2403.01590), the effective
-receptive field from DeciMamba (Ben-Kish et al. 2024, arXiv:2406.14528). All functions take one sequence, with delta
-after its softplus; a frozen token has delta 0. Mamba-2's heads count as channels, its A as one number for all states.
+receptive field from DeciMamba (Ben-Kish et al. 2024, arXiv:2406.14528). Delta is that after its softplus; a frozen
+token has delta 0. Heads of Mamba-2 and Mamba-3 count as channels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,87 +20,102 @@ from jaxtyping import Array, Bool, Float, Int
 from mamba_jax.long_context.attach import selective_places
 from mamba_jax.mixers.selective import Selection, SelectiveMixer
 from mamba_jax.models.language_model import LanguageModel
-from pallas_kernels.selective_scan import selective_scan
-from pallas_kernels.ssd import ssd
+
+_EXACT = jax.lax.Precision.HIGHEST
 
 
 def hidden_attention(
-    delta: Float[Array, "length channels"],
-    A: Float[Array, "channels *state"],
-    B: Float[Array, "length *groups state"],
-    C: Float[Array, "length *groups state"],
-    channels: Int[Array, " chosen"],
-    rows: Int[Array, " rows"] | None = None,
-) -> Float[Array, "chosen rows length"]:
+    selection: Selection, channels: Int[Array, " chosen"], rows: Int[Array, " rows"] | None = None
+) -> Float[Array, "batch chosen rows length *ranks"]:
     """Weight alpha[i, j] of input j in output i (eq. 11), for some channels; zero above the diagonal.
 
-    The rows times the scan's input x are its output y, without the skip connection D x and the gate. Memory grows with
-    rows times length, once a channel chosen.
+    The rows times the scan's input ``selection.x`` are its output y, without skip connection, norm and gate. With a
+    rank R above 1 each weight is a matrix, of R outputs by R inputs. Memory grows with rows times length, once a
+    channel chosen.
 
     Args:
-        delta: step sizes.
-        A: decay rates.
-        B: input matrix.
-        C: output matrix.
+        selection: what a layer's scan sees.
         channels: those to compute.
         rows: outputs i to compute; None for all.
     """
-    num_channels = delta.shape[1]
-    A = jnp.broadcast_to(A.reshape(A.shape[0], -1), (A.shape[0], B.shape[-1]))
-    rows = jnp.arange(delta.shape[0]) if rows is None else rows
-    causal = rows[:, None] >= jnp.arange(delta.shape[0])
+    rows = jnp.arange(selection.delta.shape[1]) if rows is None else rows
+    attention = _each_sequence(_attention, selection, channels, rows)
+    return attention[..., 0, 0] if selection.rank == 1 else attention
+
+
+def _attention(scan: _Scan, channels, rows) -> Float[Array, "chosen rows length rank rank"]:
+    length, num_channels = scan.step.shape
+    rank = scan.B.shape[2]
+    causal = rows[:, None] >= jnp.arange(length)
 
     def of_channel(channel):
-        elapsed = jnp.cumsum(delta[:, channel])
+        elapsed = jnp.cumsum(scan.step[:, channel])
         between = jnp.where(causal, elapsed[rows, None] - elapsed[None, :], jnp.inf)
+        is_own = rows[:, None] == jnp.arange(length)
+        weight = jnp.where(is_own, scan.own_weight[:, channel], scan.weight[:, channel])
 
-        def add_state(attention, state):
-            A, B, C = state
-            return attention + C[rows, None] * jnp.exp(A * between) * (delta[:, channel] * B)[None, :], None
+        def add_rate(attention, of_rate):
+            A, B, C = of_rate
+            decay = jnp.exp(A * between)[..., None, None]
+            return attention + decay * jnp.einsum("irn,jsn->ijrs", C[rows], B, precision=_EXACT), None
 
-        of_state = (A[channel], *(_of_channel(matrix, num_channels, channel).T for matrix in (B, C)))
-        return jax.lax.scan(add_state, jnp.zeros_like(between), of_state)[0]
+        group = channel // (num_channels // scan.B.shape[1])
+        of_rates = (scan.A[channel], *(jnp.moveaxis(matrix[:, group], 2, 0) for matrix in (scan.B, scan.C)))
+        attention = jnp.zeros((*between.shape, rank, rank))
+        return weight[..., None, None] * jax.lax.scan(add_rate, attention, of_rates)[0]
 
     return jax.lax.map(of_channel, channels)
 
 
-def last_row_of_attention(
-    delta: Float[Array, "length channels"],
-    A: Float[Array, "channels *state"],
-    B: Float[Array, "length *groups state"],
-    C: Float[Array, "length *groups state"],
-) -> Float[Array, "length channels"]:
+def last_row_of_attention(selection: Selection) -> Float[Array, "batch length channels *ranks"]:
     """Weight of every input in the last output (the last row of ``hidden_attention``), for all channels.
 
-    Time grows with length·channels·state, memory with length·channels.
+    Time grows with length·channels·state, memory with length·channels and the size of B.
     """
-    num_channels = delta.shape[1]
-    A = jnp.broadcast_to(A.reshape(A.shape[0], -1), (A.shape[0], B.shape[-1]))
+    row = _each_sequence(_last_row, selection)
+    return row[..., 0, 0] if selection.rank == 1 else row
+
+
+def _last_row(scan: _Scan) -> Float[Array, "length channels rank rank"]:
+    num_channels, groups, rank = scan.step.shape[1], *scan.B.shape[1:3]
     # Summed from the end: the tokens that count most, the last ones, are the most exact.
-    elapsed_after = jnp.cumsum(delta[::-1], axis=0)[::-1] - delta
+    elapsed_after = jnp.cumsum(scan.step[::-1], axis=0)[::-1] - scan.step
 
-    def add_state(attention, state):
-        A, B, C = state
-        B, C = _to_channels(B, num_channels), _to_channels(C, num_channels)
-        return attention + C * jnp.exp(A * elapsed_after) * (delta * B), None
+    def add_rate(attention, of_rate):
+        A, B, C = of_rate
+        products = jnp.einsum("grn,lgsn->lgrs", C, B, precision=_EXACT)
+        decay = jnp.exp(A * elapsed_after)[..., None, None]
+        return attention + decay * jnp.repeat(products, num_channels // groups, axis=1), None
 
-    states = (A.T, jnp.moveaxis(B, -1, 0), jnp.moveaxis(C[-1:], -1, 0))
-    return jax.lax.scan(add_state, jnp.zeros_like(delta), states)[0]
+    of_rates = (scan.A.T, jnp.moveaxis(scan.B, 3, 0), jnp.moveaxis(scan.C[-1], 2, 0))
+    attention = jax.lax.scan(add_rate, jnp.zeros((*scan.step.shape, rank, rank)), of_rates)[0]
+    weight = scan.weight.at[-1].set(scan.own_weight[-1])
+    return weight[..., None, None] * attention
 
 
-def effective_receptive_field(
-    delta: Float[Array, "length channels"],
-    A: Float[Array, "channels *state"],
-    B: Float[Array, "length *groups state"],
-    C: Float[Array, "length *groups state"],
-) -> Float[Array, " channels"]:
-    """Mean distance of the tokens the last one attends to, in tokens (eq. 12 and 13); 0 where it attends to none."""
-    weight = jnp.abs(last_row_of_attention(delta, A, B, C))
+def weight_sizes(attention: Float[Array, "*dims"], rank: int) -> Float[Array, "*sizes"]:
+    """Absolute value of each weight; of one that is a matrix, the root of the sum of its squares."""
+    if rank == 1:
+        return jnp.abs(attention)
+    # Divided by the largest first: the squares of weights that are told apart may be no float32 numbers.
+    largest = jnp.max(jnp.abs(attention), axis=(-2, -1), keepdims=True)
+    ratios = attention / jnp.where(largest > 0, largest, 1)
+    return largest[..., 0, 0] * jnp.sqrt(jnp.sum(jnp.square(ratios), axis=(-2, -1)))
+
+
+def effective_receptive_field(selection: Selection) -> Float[Array, "batch channels"]:
+    """Mean distance of the tokens the last one attends to, in tokens (eq. 12 and 13); 0 where it attends to none.
+
+    Weights are those of ``weight_sizes``.
+    """
+    weight = weight_sizes(last_row_of_attention(selection), selection.rank)
     # Divided by the largest first: the weights of a channel may all be tiny.
-    weight = weight / jnp.maximum(jnp.max(weight, axis=0), jnp.finfo(weight.dtype).tiny)
-    distance = jnp.arange(delta.shape[0] - 1, -1, -1, dtype=weight.dtype)
-    total = jnp.sum(weight, axis=0)
-    return jnp.where(total > 0, distance @ weight / jnp.where(total > 0, total, 1), 0)
+    weight = weight / jnp.maximum(jnp.max(weight, axis=1, keepdims=True), jnp.finfo(weight.dtype).tiny)
+    distance = jnp.arange(weight.shape[1] - 1, -1, -1, dtype=weight.dtype)
+    total = jnp.sum(weight, axis=1)
+    return jnp.where(
+        total > 0, jnp.einsum("l,blc->bc", distance, weight, precision=_EXACT) / jnp.where(total > 0, total, 1), 0
+    )
 
 
 def log_decay(delta: Float[Array, "*tokens channels"], A: Float[Array, "*rates"]) -> Float[Array, "*tokens channels"]:
@@ -149,40 +164,31 @@ def state_norms(selection: Selection, every: int) -> Float[Array, "batch samples
         selection: what a layer's scan sees; tokens after the last multiple of ``every`` are not looked at.
         every: tokens between two states that are measured.
     """
-    batch_size, length = selection.x.shape[:2]
+    return _each_sequence(functools.partial(_state_norms, every=every), selection)
+
+
+def _state_norms(scan: _Scan, every: int) -> Float[Array, "samples channels"]:
+    length, num_channels = scan.step.shape
     samples = length // every
-    chunks = jax.tree.map(
-        lambda array: jnp.moveaxis(
-            array[:, : samples * every].reshape(batch_size, samples, every, *array.shape[2:]), 1, 0
-        ),
-        (selection.x, selection.delta, selection.B, selection.C),
-    )
-    scan = selective_scan if selection.A.ndim == 2 else ssd
+    A = scan.A
+
+    def cut(array):
+        return array[: samples * every].reshape(samples, every, *array.shape[1:])
 
     def advance(state, chunk):
-        x, delta, B, C = chunk
-        _, state = scan(x, delta, selection.A, B, C, initial_state=state, return_final_state=True)
-        return state, jnp.linalg.norm(state.reshape(*state.shape[:2], -1), axis=-1)
+        x, step, B, weight, own_weight = chunk
+        B = jnp.repeat(B, num_channels // B.shape[1], axis=1)
+        elapsed_after = jnp.cumsum(step[::-1], axis=0)[::-1] - step
+        left = weight[..., None] * jnp.exp(A * elapsed_after[..., None])
+        entered = jnp.einsum("lckrp,lcrkn->cpkn", left[..., None, None] * x[:, :, None], B, precision=_EXACT)
+        state = jnp.exp(A * jnp.sum(step, axis=0)[:, None])[:, None, :, None] * state + entered
+        # What the last token leaves for the next one's step is not in its state yet.
+        for_next = (weight[-1] - own_weight[-1])[:, None, None, None] * jnp.einsum("crp,crkn->cpkn", x[-1], B[-1])
+        return state, jnp.linalg.norm((state - for_next).reshape(num_channels, -1), axis=-1)
 
-    start = jnp.zeros((batch_size, *selection.x.shape[2:], selection.B.shape[-1]), jnp.float32)
-    return jnp.moveaxis(jax.lax.scan(advance, start, chunks)[1], 0, 1)
-
-
-def layers_with_attention(model: LanguageModel) -> list[int]:
-    """Numbers, from the bottom, of the layers with a delta whose hidden attention can be computed.
-
-    Not Mamba-3's: there a token's input enters the state at the next token's step too, and a head may have several.
-    """
-
-    def selections(model):
-        return model.map_mixers(
-            lambda mixer, x: mixer.selection(x) if isinstance(mixer, SelectiveMixer) else None,
-            jnp.zeros((1, 1), jnp.int32),
-        )
-
-    of_places = jax.eval_shape(selections, model)
-    has_attention = [selection is not None and selection.B is not None for selection in of_places]
-    return [layer for layer in range(model.config.num_layers) if has_attention[layer % len(has_attention)]]
+    state = jnp.zeros((num_channels, scan.x.shape[-1], *scan.B.shape[3:]))
+    chunks = jax.tree.map(cut, (scan.x, scan.step, scan.B, scan.weight, scan.own_weight))
+    return jax.lax.scan(advance, state, chunks)[1]
 
 
 def selection_of_layer(model: LanguageModel, tokens: Int[Array, "batch length"], layer: int) -> Selection:
@@ -217,8 +223,7 @@ def collect(
         model: with an extender or without; the step sizes are those its scans use.
         tokens: what it reads.
         measure: applied to what the scan of a layer sees. At great lengths, measure here what is wanted, such as
-            ``lambda s: effective_receptive_field(s.delta[0], s.A, s.B[0], s.C[0])``, rather than collect selections:
-            only one layer's are in memory at a time.
+            ``effective_receptive_field``, rather than collect selections: only one layer's are in memory at a time.
 
     Returns:
         What ``measure`` returned, by number of the layer from the bottom.
@@ -245,11 +250,38 @@ def _collect(model, tokens, measure):
     return jax.jit(lambda model, tokens: model.map_mixers(of_mixer, tokens))(model, tokens)
 
 
-def _of_channel(matrix, num_channels, channel):
-    """B or C, (length, state) or (length, groups, state), as (length, state) for one channel."""
-    return matrix if matrix.ndim == 2 else matrix[:, channel // (num_channels // matrix.shape[1])]
+class _Scan(NamedTuple):
+    """What the scans of all mixers have in common, for one sequence; the state comes apart by its decay rates."""
+
+    x: Float[Array, "length channels rank head_dim"]
+    step: Float[Array, "length channels"]
+    """What the decay rates are multiplied by."""
+    A: Float[Array, "channels rates"]
+    B: Float[Array, "length groups rank rates states"]
+    C: Float[Array, "length groups rank rates states"]
+    weight: Float[Array, "length channels"]
+    own_weight: Float[Array, "length channels"]
 
 
-def _to_channels(row, num_channels):
-    """One state's row of B or C, (length,) or (length, groups), in a form that broadcasts to (length, channels)."""
-    return row[:, None] if row.ndim == 1 else jnp.repeat(row, num_channels // row.shape[1], axis=1)
+def _each_sequence(function: Callable[..., Any], selection: Selection, *arguments: Any) -> Any:
+    """Applies a function of a ``_Scan`` to each sequence of a selection."""
+    delta, A = selection.delta, selection.A
+    if A.ndim == 4:  # Each token's own: then what decays is the step times it.
+        step, A = -delta * A[..., 0], -jnp.ones((delta.shape[2], 1))
+    else:
+        step, A = delta, A.reshape(A.shape[0], -1)
+    by_rank = (*delta.shape[:2], -1, selection.rank)
+
+    def by_rate(matrix):
+        return matrix.astype(jnp.float32).reshape(*by_rank, A.shape[1], matrix.shape[-1] // A.shape[1])
+
+    scan = _Scan(
+        x=selection.x.astype(jnp.float32).reshape(*delta.shape, selection.rank, -1),
+        step=step,
+        A=jnp.broadcast_to(A, (delta.shape[0], *A.shape)),
+        B=by_rate(selection.B),
+        C=by_rate(selection.C),
+        weight=delta if selection.weight is None else selection.weight,
+        own_weight=delta if selection.own_weight is None else selection.own_weight,
+    )
+    return jax.vmap(function, in_axes=(0, *(None,) * len(arguments)))(scan, *arguments)

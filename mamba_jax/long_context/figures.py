@@ -93,19 +93,24 @@ def receptive_fields(fields: ReceptiveFields) -> Figure:
 
 
 def decay_curves(curves: DecayCurves) -> Figure:
-    """Figures 9 to 14."""
-    figure = _figure(6.4, 4.4, f"Cumulative decay of {len(curves.channel)} channels, layer {curves.layer}")
-    axes = figure.add_subplot()
-    for is_global, decay in zip(curves.is_global, curves.log10_decay, strict=True):
-        axes.plot(curves.position, decay, color=_GLOBAL if is_global else _LOCAL, linewidth=1, alpha=0.8)
-    axes.axhline(curves.log10_threshold, color="0.3", linewidth=1, linestyle=(0, (1, 1)))
-    _mark_training_length(axes, curves.training_length)
-    axes.set_ylim(_lowest(curves.log10_decay, curves.log10_threshold), 0.03 * abs(curves.log10_threshold))
-    _label(axes, "tokens read", "log10 of what is left of the first state")
+    """Figures 9 to 14: original and extended side by side, on one scale."""
+    figure = _figure(9.6, 4.4, f"Cumulative decay of {len(curves.channel)} channels, layer {curves.layer}")
+    panels = figure.subplots(1, 2, sharey=True)
+    both = np.concatenate([curves.log10_original, curves.log10_extended])
+    panels[0].set_ylim(_lowest(both, curves.log10_threshold), 0.03 * abs(curves.log10_threshold))
+    names = "original", f"LongMamba, g(S) of {curves.position[-1]:,} tokens"
+    for axes, name, decays in zip(panels, names, (curves.log10_original, curves.log10_extended), strict=True):
+        for is_global, decay in zip(curves.is_global, decays, strict=True):
+            axes.plot(curves.position, decay, color=_GLOBAL if is_global else _LOCAL, linewidth=1, alpha=0.8)
+        axes.axhline(curves.log10_threshold, color="0.3", linewidth=1, linestyle=(0, (1, 1)))
+        _mark_training_length(axes, curves.training_length)
+        axes.set_title(name, fontsize=9)
+        _label(axes, "tokens read", "")
+    panels[0].set_ylabel("log10 of what is left of the first state")
     counts = int(np.sum(curves.is_global)), int(np.sum(~curves.is_global))
     handles = [Line2D([], [], color=_GLOBAL), Line2D([], [], color=_LOCAL), *_reference_handles()]
     labels = [f"global ({counts[0]})", f"local ({counts[1]})", "training length", "Th"]
-    axes.legend(handles, labels, **_OPAQUE, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 

@@ -1,7 +1,8 @@
 """The numbers behind the figures of ``long_context.figures``: one dataclass of arrays a kind of figure.
 
 Numbers of figures are those of the LongMamba paper. Decays and attention are kept as logarithms to base 10. All
-functions take one sequence, (1, length), and a model without extenders; LongMamba is applied where it is compared.
+functions take one sequence, (1, length), and a model without extenders; LongMamba is applied where it is compared, with
+the settings of a ``LongMambaConfig`` whose length is left open.
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ class Layers:
         return np.concatenate([_spread(np.flatnonzero(mask), count) for mask, count in kinds])
 
 
-def layers_of(model: LanguageModel, calibration: Calibration, threshold: float | None = None) -> Layers:
-    """Tells global channels from local ones, by ``LongMambaConfig.decay_threshold``."""
-    config = LongMambaConfig(decay_threshold=threshold)
+def layers_of(model: LanguageModel, calibration: Calibration, config: LongMambaConfig) -> Layers:
+    """Tells channels that LongMamba extends, the global ones, from the others."""
     per_repeat = len(model.config.pattern)
     numbered = {
         repeat * per_repeat + place: (place, repeat)
@@ -89,7 +89,7 @@ def attention_maps(
     *,
     pixels: int = 200,
 ) -> AttentionMaps:
-    """Maps of some channels of some layers, by number of the layer; of ``diagnostics.layers_with_attention``."""
+    """Maps of some channels of some layers, by number of the layer."""
     parts = [
         _maps_of_layer(diagnostics.selection_of_layer(model, tokens, layer), chosen, pixels)
         for layer, chosen in channels.items()
@@ -105,20 +105,20 @@ def attention_maps(
 
 
 def _maps_of_layer(selection: Selection, channels, pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    delta, B, C = selection.delta[0], selection.B[0], selection.C[0]
-    length = len(delta)
+    length = selection.delta.shape[1]
     block = -(-length // pixels)
     rows = jnp.minimum(jnp.arange(block - 1, length + block - 1, block), length - 1)
 
     @jax.jit
-    def of_channel(channel):
-        weights = diagnostics.hidden_attention(delta, selection.A, B, C, channel[None], rows)[0]
-        weights = jnp.pad(jnp.abs(weights), ((0, 0), (0, len(rows) * block - length)))
+    def of_channel(selection, channel):
+        attention = diagnostics.hidden_attention(selection, channel[None], rows)[0, 0]
+        weights = diagnostics.weight_sizes(attention, selection.rank)
+        weights = jnp.pad(weights, ((0, 0), (0, len(rows) * block - length)))
         largest = jnp.max(weights.reshape(len(rows), len(rows), block), axis=-1)
         return jnp.log10(largest) - jnp.log10(jnp.max(largest))
 
-    maps = np.stack([np.asarray(of_channel(jnp.asarray(channel))) for channel in channels])
-    fields = jax.jit(diagnostics.effective_receptive_field)(delta, selection.A, B, C)
+    maps = np.stack([np.asarray(of_channel(selection, jnp.asarray(channel))) for channel in channels])
+    fields = jax.jit(diagnostics.effective_receptive_field)(selection)[0]
     return np.asarray(fields)[channels], maps
 
 
@@ -138,16 +138,12 @@ class ReceptiveFields:
 def receptive_fields(
     model: LanguageModel, tokens: Int[Array, "1 length"], layers: Layers, layer: int, channels: Int[np.ndarray, " c"]
 ) -> ReceptiveFields:
-    """Fields of some channels of a layer, of ``diagnostics.layers_with_attention``, at lengths up to the sequence's."""
+    """Fields of some channels of a layer, at lengths up to the sequence's."""
     selection = diagnostics.selection_of_layer(model, tokens, layer)
     shortest = min(64, tokens.shape[1])
     lengths = np.unique(np.geomspace(shortest, tokens.shape[1], 12).round().astype(int))
-    fields = [
-        diagnostics.effective_receptive_field(
-            selection.delta[0, :length], selection.A, selection.B[0, :length], selection.C[0, :length]
-        )[channels]
-        for length in lengths
-    ]
+    field = jax.jit(diagnostics.effective_receptive_field)
+    fields = [field(selection.until(length))[0, channels] for length in lengths.tolist()]
     return ReceptiveFields(
         layers.training_length, layer, channels, layers.is_global[layer][channels], lengths, np.stack(fields, axis=1)
     )
@@ -155,7 +151,10 @@ def receptive_fields(
 
 @dataclasses.dataclass(frozen=True)
 class DecayCurves:
-    """Figures 9 to 14: what is left of the first state after each token, for the channels of one layer."""
+    """Figures 9 to 14: what is left of the first state after each token, for the channels of one layer.
+
+    As trained, and with LongMamba's g(S) for the length of the sequence.
+    """
 
     training_length: int
     layer: int
@@ -163,14 +162,23 @@ class DecayCurves:
     is_global: Bool[np.ndarray, " channels"]
     log10_threshold: float
     position: Int[np.ndarray, " points"]
-    log10_decay: Float[np.ndarray, "channels points"]
+    log10_original: Float[np.ndarray, "channels points"]
+    log10_extended: Float[np.ndarray, "channels points"]
 
 
 def decay_curves(
-    model: LanguageModel, tokens: Int[Array, "1 length"], layers: Layers, layer: int, channels: Int[np.ndarray, " c"]
+    model: LanguageModel,
+    calibration: Calibration,
+    config: LongMambaConfig,
+    tokens: Int[Array, "1 length"],
+    layers: Layers,
+    layer: int,
+    channels: Int[np.ndarray, " c"],
 ) -> DecayCurves:
-    """Curves of some channels of a layer."""
-    position, decay = _decay(model, tokens, layer, channels, tokens.shape[1])
+    """Curves of some channels of a layer; the sequence is no shorter than those in training."""
+    length = tokens.shape[1]
+    position, original = _decay(model, tokens, layer, channels, length)
+    extended = apply_longmamba(model, calibration, dataclasses.replace(config, length=length))
     return DecayCurves(
         layers.training_length,
         layer,
@@ -178,7 +186,8 @@ def decay_curves(
         layers.is_global[layer][channels],
         layers.log10_threshold[layer],
         position,
-        decay,
+        original,
+        _decay(extended, tokens, layer, channels, length)[1],
     )
 
 
@@ -200,6 +209,7 @@ class ExtendedDecay:
 def extended_decay(
     model: LanguageModel,
     calibration: Calibration,
+    config: LongMambaConfig,
     tokens: Int[Array, "1 length"],
     layers: Layers,
     layer: int,
@@ -209,7 +219,7 @@ def extended_decay(
     """Curves at each of the lengths, none below the training length, none above that of the sequence."""
     panels = []
     for length in lengths:
-        extended = apply_longmamba(model, calibration, LongMambaConfig(length=length))
+        extended = apply_longmamba(model, calibration, dataclasses.replace(config, length=length))
         position, original = _decay(model, tokens[:, :length], layer, channels, min(lengths))
         panels.append((position, original, _decay(extended, tokens[:, :length], layer, channels, min(lengths))[1]))
     position, original, extended = (np.stack(part) for part in zip(*panels, strict=True))
@@ -250,14 +260,15 @@ class FilteredShare:
 def filtered_share(
     model: LanguageModel,
     calibration: Calibration,
+    config: LongMambaConfig,
     tokens: Int[Array, "1 length"],
     layers: Layers,
     lengths: Sequence[int],
 ) -> FilteredShare:
     """Shares at each of the lengths, none below the training length, none above that of the sequence."""
 
-    def quartiles(length: int, config: LongMambaConfig) -> list[np.ndarray]:
-        extended = apply_longmamba(model, calibration, config)
+    def quartiles(length: int, of_sequence: int | None) -> list[np.ndarray]:
+        extended = apply_longmamba(model, calibration, dataclasses.replace(config, length=of_sequence))
         shares = diagnostics.collect(
             extended, tokens[:, :length], lambda selection: diagnostics.frozen_share(selection.delta[0])
         )
@@ -268,17 +279,14 @@ def filtered_share(
         layers.training_length,
         np.array(list(layers.is_global)),
         np.array(lengths),
-        whole=np.array([quartiles(length, LongMambaConfig(length=length)) for length in lengths]),
-        streaming=np.array([quartiles(length, LongMambaConfig()) for length in lengths]),
+        whole=np.array([quartiles(length, length) for length in lengths]),
+        streaming=np.array([quartiles(length, None) for length in lengths]),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class StateNorms:
-    """Norms of the states while a model reads, as it is and with LongMamba streaming; medians over channels.
-
-    Of ``diagnostics.layers_with_attention``.
-    """
+    """Norms of the states while a model reads, as it is and with LongMamba streaming; medians over channels."""
 
     training_length: int
     layer: Int[np.ndarray, " layers"]
@@ -288,22 +296,22 @@ class StateNorms:
 
 
 def state_norms(
-    model: LanguageModel, calibration: Calibration, tokens: Int[Array, "1 length"], layers: Layers
+    model: LanguageModel,
+    calibration: Calibration,
+    config: LongMambaConfig,
+    tokens: Int[Array, "1 length"],
+    layers: Layers,
 ) -> StateNorms:
     """Norms of the states of global channels; of all, in a layer that has no global ones."""
     every = max(tokens.shape[1] // 100, 1)
 
-    def norms_of_layer(selection: Selection):
-        return None if selection.B is None else diagnostics.state_norms(selection, every)[0]
-
     def medians(model: LanguageModel) -> np.ndarray:
-        norms = diagnostics.collect(model, tokens, norms_of_layer)
+        norms = diagnostics.collect(model, tokens, lambda selection: diagnostics.state_norms(selection, every)[0])
         return np.stack([np.median(norm[:, _or_all(layers.is_global[layer])], axis=1) for layer, norm in norms.items()])
 
-    original, extended = medians(model), medians(apply_longmamba(model, calibration))
+    original, extended = medians(model), medians(apply_longmamba(model, calibration, config))
     position = every * np.arange(1, original.shape[1] + 1)
-    shown = np.array(diagnostics.layers_with_attention(model))
-    return StateNorms(layers.training_length, shown, position, original, extended)
+    return StateNorms(layers.training_length, np.array(list(layers.is_global)), position, original, extended)
 
 
 def _or_all(mask: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mamba_jax import sharding
-from mamba_jax.long_context.delta_scaling import inverse_softplus
+from mamba_jax.long_context.scaling import inverse_softplus, scaled_delta
 from mamba_jax.mixers.selective import FROZEN
 from pallas_kernels.keep_above import keep_above
 
@@ -19,6 +19,8 @@ class TokenFilter(nnx.Module):
 
     What is kept passes to the last bit, or is multiplied by a scale.
     """
+
+    A_scale = None
 
     def __init__(
         self,
@@ -56,7 +58,7 @@ class TokenFilter(nnx.Module):
         kept = keep_above(delta, thresholds, span, fill=FROZEN, implementation="xla")
         rows = sharding.out_sharding(*sharding.spec_of(delta))
         scale = self.scales if span is None else self.scales.at[span].get(mode="promise_in_bounds", out_sharding=rows)
-        return jnp.where(kept == FROZEN, kept, _scaled(kept, bias, scale))
+        return jnp.where((kept == FROZEN) | (scale == 1), kept, scaled_delta(kept, bias, scale))
 
     def _spans(self, position: Int[Array, "batch length"]) -> Int[Array, "batch length"] | None:
         """Number of the span that each token's position is in; None where there is one."""
@@ -72,13 +74,3 @@ def _rounded_down(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "...
     """The largest number of a dtype that is no larger: numbers of that dtype compare with it as they do with ``x``."""
     nearest = x.astype(dtype)
     return jnp.where(nearest > x, jnp.nextafter(nearest, jnp.asarray(-jnp.inf, dtype)), nearest)
-
-
-def _scaled(
-    delta: Float[Array, "batch length channels"],
-    bias: Float[Array, " channels"],
-    scale: Float[Array, "*#tokens channels"],
-) -> Float[Array, "batch length channels"]:
-    """What becomes ``scale`` times as large behind bias and softplus; unchanged, to the last bit, by a scale of 1."""
-    scaled = inverse_softplus(scale * jax.nn.softplus(delta + bias)) - bias
-    return jnp.where(scale == 1, delta, scaled.astype(delta.dtype))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from mamba_jax import initializers, settings, sharding
 from mamba_jax.layers.linear import Linear
 from mamba_jax.mixers.base import Leaf
-from mamba_jax.mixers.selective import Extender, Selection, extend, init_position
+from mamba_jax.mixers.selective import Extender, Selection, extend, extended_rates, init_position
 from pallas_kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from pallas_kernels.causal_conv1d import flops as causal_conv1d_flops
 from pallas_kernels.selective_scan import flops as selective_scan_flops
@@ -232,4 +232,4 @@ class Mamba1(nnx.Module):
         return self.dt_proj(low_rank), B, C
 
     def _A(self):
-        return -jnp.exp(self.A_log[...])
+        return extended_rates(self.extender, -jnp.exp(self.A_log[...]))

@@ -16,7 +16,7 @@ from mamba_jax.layers.linear import Linear
 from mamba_jax.layers.norm import GatedRMSNorm
 from mamba_jax.layers.short_convolution import ShortConvolution
 from mamba_jax.mixers.base import Leaf
-from mamba_jax.mixers.selective import Extender, Selection, extend, init_position
+from mamba_jax.mixers.selective import Extender, Selection, extend, extended_rates, init_position
 from pallas_kernels.ssd import flops as ssd_flops
 from pallas_kernels.ssd import ssd, ssd_step
 
@@ -244,7 +244,8 @@ class Mamba2(nnx.Module):
         config = self.config
         x = x.reshape(*x.shape[:-1], -1, config.head_dim)
         BC = BC.reshape(*BC.shape[:-1], config.groups, 2, config.state_size)
-        return x, delta, -jnp.exp(self.A_log[...]), BC[..., 0, :], BC[..., 1, :], self.D[...]
+        A = extended_rates(self.extender, -jnp.exp(self.A_log[...]))
+        return x, delta, A, BC[..., 0, :], BC[..., 1, :], self.D[...]
 
     def _ssd_options(self):
         return {"delta_bias": self.dt_bias[...], "delta_softplus": True, "delta_limit": self.config.delta_limit}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,13 @@ from mamba_jax import initializers, settings, sharding
 from mamba_jax.layers.linear import Linear
 from mamba_jax.layers.norm import RMSNorm
 from mamba_jax.mixers.base import Leaf
-from mamba_jax.mixers.selective import Extender, Selection, extend, init_position
-from pallas_kernels.trapezoidal_ssd import State, trapezoidal_ssd, trapezoidal_ssd_step
+from mamba_jax.mixers.selective import Extender, Selection, extend, extended_rates, init_position
+from pallas_kernels.trapezoidal_ssd import (
+    State,
+    trapezoidal_ssd,
+    trapezoidal_ssd_recurrence,
+    trapezoidal_ssd_step,
+)
 from pallas_kernels.trapezoidal_ssd import flops as trapezoidal_ssd_flops
 
 
@@ -189,7 +195,9 @@ class Mamba3(nnx.Module):
     ) -> Selection:
         inputs, _ = self._ssd_inputs(x, None if state is None else state.position, segment_ids)
         delta = jax.nn.softplus(inputs["delta"] + self.dt_bias[...])
-        return Selection(inputs["x"], delta, inputs["A"][..., None])
+        seen = self._recurrence(inputs)
+        x, B, C = (array[:, :, :, 0] if self.config.rank == 1 else array for array in (seen.x, seen.B, seen.C))
+        return Selection(x, delta, inputs["A"][..., None], B, C, seen.weight, seen.own_weight)
 
     def init_state(self, batch_size: int) -> Mamba3State:
         config = self.config
@@ -225,10 +233,11 @@ class Mamba3(nnx.Module):
         delta, position = extend(
             self.extender, dynamics[..., 0, :], self.dt_bias[...], position=position, segment_ids=segment_ids
         )
+        A = -jnp.maximum(heavy_tail(dynamics[..., 1, :]), self.config.decay_rate_floor)
         inputs = {
             "x": x,
             "delta": delta,
-            "A": -jnp.maximum(heavy_tail(dynamics[..., 1, :]), self.config.decay_rate_floor),
+            "A": extended_rates(self.extender, A),
             "B": self.B_norm(BC[..., 0, :, :]),
             "C": self.C_norm(BC[..., 1, :, :]),
             "lambda_": jax.nn.sigmoid(dynamics[..., 2, :]),
@@ -236,6 +245,21 @@ class Mamba3(nnx.Module):
             "z": z,
         }
         return inputs, position
+
+    def _recurrence(self, inputs):
+        """What ``trapezoidal_ssd`` makes of its inputs, as weights."""
+        # Brought together but for the batch: it adds angles up along the sequence.
+        tokens = {
+            name: sharding.reshard(array, (sharding.BATCH, *(None,) * (array.ndim - 1)))
+            for name, array in inputs.items()
+            if name != "z"
+        }
+        parameters: dict[str, Any] = {
+            name: None if array is None else sharding.reshard(array, (None,) * array.ndim)
+            for name, array in self._ssd_parameters().items()
+            if name in ("delta_bias", "B_bias", "C_bias", "mimo_x")
+        }
+        return trapezoidal_ssd_recurrence(**tokens, **parameters, delta_softplus=True)
 
     def _ssd_parameters(self):
         def value(parameter):

@@ -1,4 +1,4 @@
-"""What mixers with a step size delta share: a place where an extender changes it, and a view of what the scan sees."""
+"""What mixers with a step size delta share: a place where an extender changes their decay, and what their scans see."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ FROZEN = -1e4
 
 @runtime_checkable
 class Extender(Protocol):
-    """Changes a layer's step sizes, before the scan, so that its state lasts for more tokens than it was trained on.
+    """Changes a layer's step sizes and decay rates, before the scan, so that its state lasts for more tokens.
 
     It sees each token with its position and nothing of the other tokens. So a whole prefill, a prefill in chunks and
     decoding token by token give the same result.
     """
+
+    @property
+    def A_scale(self) -> Float[Array, ""] | None:
+        """Multiplies the decay rates A, and not what enters the state; None leaves them as they are."""
+        ...
 
     def __call__(
         self,
@@ -50,17 +55,36 @@ class Selection:
     """What the scan of a layer sees. ``channels`` are Mamba-2's heads, where all channels of a head share a delta."""
 
     x: Leaf
-    """Input, (batch, length, channels) or (batch, length, heads, head_dim)."""
+    """Input, (batch, length, channels) or (batch, length, heads, head_dim); with a rank R above 1 (Mamba-3), that of
+    each rank, (batch, length, heads, R, head_dim)."""
     delta: Leaf
     """Step sizes after extender, bias and softplus, (batch, length, channels) in float32."""
     A: Leaf
     """Decay rates: (channels, state), or (channels,) where one rate is that of the whole state; (batch, length,
     channels, 1) where that rate is each token's own."""
-    B: Leaf = None
-    """Input matrix, (batch, length, state) or (batch, length, groups, state); None where a step sees other tokens than
-    its own (Mamba-3), so that no hidden attention is made of these arrays."""
-    C: Leaf = None
-    """Output matrix, of the same shape as ``B``."""
+    B: Leaf
+    """Input matrix, (batch, length, state) or (batch, length, groups, state), or (batch, length, groups, R, state).
+    That of a state that rotates is turned by the angle so far, so that the state need not be."""
+    C: Leaf
+    """Output matrix, of the same shape as ``B``, and turned like it."""
+    weight: Leaf | None = None
+    """What each token's input enters the state with, (batch, length, channels); None where that is ``delta``."""
+    own_weight: Leaf | None = None
+    """What it enters the token's own output with; None where that is ``delta``."""
+
+    @property
+    def rank(self) -> int:
+        """Inputs and outputs of a channel."""
+        return self.B.shape[3] if self.B.ndim == 5 else 1
+
+    def until(self, length: int) -> Selection:
+        """What the scan sees of the first ``length`` tokens."""
+        first = {
+            field.name: value[:, :length]
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) is not None and (field.name != "A" or value.ndim == 4)
+        }
+        return dataclasses.replace(self, **first)
 
 
 @runtime_checkable
@@ -68,7 +92,7 @@ class SelectiveMixer(Mixer, Protocol):
     """A mixer that steps its state by a delta of each token's own."""
 
     extender: Extender | None
-    """Changes delta before the scan; None leaves it as trained."""
+    """Changes delta and A before the scan; None leaves them as trained."""
     delta_floor: float
     """Least step size that the scan takes, whatever the extender says. Above 0, no token can be left out."""
 
@@ -109,6 +133,11 @@ def extend(
     began = _beginnings(batch_size, length, position, segment_ids)
     # The last position by itself: an extender that asks for no other does not pay for them.
     return extender(delta, bias, _positions(began)), length - jnp.max(began, axis=1)
+
+
+def extended_rates(extender: Extender | None, A: Float[Array, "*rates"]) -> Float[Array, "*rates"]:
+    """Decay rates, of channels or of tokens, as an extender changes them; ``A`` itself where it does not."""
+    return A if extender is None or extender.A_scale is None else extender.A_scale * A
 
 
 def init_position(extender: Extender | None, batch_size: int) -> Int[Array, " batch"] | None:

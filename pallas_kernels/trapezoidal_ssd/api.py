@@ -13,6 +13,7 @@ from pallas_kernels.dispatch import dispatch, one_token
 from pallas_kernels.sharding import shard_groups
 from pallas_kernels.trapezoidal_ssd import sequence_parallel
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs, State
+from pallas_kernels.trapezoidal_ssd.recurrence import Recurrence, recurrence
 from pallas_kernels.validation import Checker
 
 _TOKEN = ("batch", "length", "heads", "head_dim")
@@ -175,6 +176,35 @@ def trapezoidal_ssd_step(
     options = {"delta_softplus": delta_softplus, "norm_epsilon": norm_epsilon, "chunk_size": None}
     y, state = _run(inputs, "reference", **options)
     return y[:, 0], state
+
+
+def trapezoidal_ssd_recurrence(
+    x: Float[Array, "batch length heads head_dim"],
+    delta: Float[Array, "batch length heads"],
+    A: Float[Array, "batch length heads"],
+    B: Float[Array, "batch length groups rank state"],
+    C: Float[Array, "batch length groups rank state"],
+    lambda_: Float[Array, "batch length heads"],
+    theta: Float[Array, "batch length pairs"],
+    *,
+    delta_bias: Float[Array, " heads"] | None = None,
+    delta_softplus: bool = False,
+    B_bias: Float[Array, "heads rank state"] | None = None,
+    C_bias: Float[Array, "heads rank state"] | None = None,
+    mimo_x: Float[Array, "heads rank head_dim"] | None = None,
+) -> Recurrence:
+    """What ``trapezoidal_ssd`` does to its inputs, up to skip connection, norm and gate, as weights; for inspection.
+
+    It takes arguments of ``trapezoidal_ssd``, and memory for B and C of every head and token. On a mesh nothing but the
+    batch may be sharded.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    parameters = (None, delta_bias, B_bias, C_bias, mimo_x, None, None, None)
+    operator = "trapezoidal_ssd_recurrence"
+    inputs = _canonical(operator, x, delta, A, B, C, lambda_, theta, None, parameters, None, None)
+    return recurrence(inputs, delta_softplus=delta_softplus)
 
 
 def _run(inputs: Inputs, implementation: str | None, **options: Any) -> tuple[jax.Array, State]:

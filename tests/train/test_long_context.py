@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from mamba_jax.long_context import calibration as calibrations
-from mamba_jax.mixers import Mamba1Config, Mamba2Config
+from mamba_jax.mixers import Mamba1Config, Mamba2Config, Mamba3Config
 from mamba_jax.models.language_model import LanguageModelConfig
 from train import cli
 from train.checkpoint import Checkpointer
@@ -152,6 +152,8 @@ def test_every_figure_of_the_paper_is_drawn_with_its_numbers(run, checkpoint, tm
         assert sum(name.startswith(f"figure_{number}_") for name in names) == 1
     assert {"channels", "filtered_share", "state_norms"} < names
     assert len(printed.splitlines()) == len(names)
+    with np.load(out / "figure_09_decay_layer_0.npz") as arrays:
+        assert arrays["log10_original"].shape == arrays["log10_extended"].shape == (24, 4 * LENGTH)
     with np.load(out / "figure_01b_attention.npz") as arrays:
         assert arrays["length"] == 4 * LENGTH
         assert arrays["log10_attention"].shape[0] == len(arrays["channel"])
@@ -160,12 +162,36 @@ def test_every_figure_of_the_paper_is_drawn_with_its_numbers(run, checkpoint, tm
         np.testing.assert_array_equal(arrays["log10_original"][0], arrays["log10_extended"][0])
 
 
+@pytest.mark.slow
+def test_mamba_3_is_in_every_figure_and_the_threshold_decides_for_each_what_is_global(run, tmp_path):
+    layers = {"3": Mamba3Config(state_size=4, head_dim=8)}
+    save(tmp_path / "run", 0, dataclasses.replace(MODEL, pattern="3", layers=layers))
+    inspect = "inspect", "--checkpoint", tmp_path / "run", "--out", tmp_path, "--length", 2 * LENGTH
+    # By the default nearly all would be.
+    status, _, err = run(*inspect, "--decay_threshold", 0.999)
+    assert (status, err) == (0, "")
+    arrays = {path.stem: dict(np.load(path)) for path in tmp_path.glob("*.npz")}
+    for number in ("01a", "01b", "07", "08", "09", "15", "16"):
+        assert sum(name.startswith(f"figure_{number}_") for name in arrays) == 1
+    for name in ("figure_01a_attention", "figure_01b_attention", "figure_15_attention", "figure_16_attention"):
+        assert np.isfinite(np.diagonal(arrays[name]["log10_attention"], axis1=1, axis2=2)).all()
+    assert np.all(arrays["figure_07_receptive_field"]["receptive_field"] > 0)
+    heads = 4
+    assert arrays["channels"]["is_global_0"].tolist() == [False] * heads
+    for name in ("figure_08_decay_with_longmamba", "figure_09_decay_layer_0"):
+        np.testing.assert_array_equal(arrays[name]["log10_extended"], arrays[name]["log10_original"])
+    np.testing.assert_array_equal(arrays["state_norms"]["extended"], arrays["state_norms"]["original"])
+    assert np.all(arrays["state_norms"]["original"] > 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "expected"),
     [
         (("--length", LENGTH), 2, "--length 32 cannot be used: at least twice the training length (64)"),
         (("--length", 9999), 2, "at most the 602 tokens of the held-out text"),
+        (("--length", "1k"), 2, "--length 1024 cannot be used"),
         (("--length", 64, "--layer", 2), 2, "--layer 2: the layers with a delta are 0, 1"),
+        (("--decay_threshold", 1.5), 2, "--decay_threshold: LongMamba.decay_threshold = 1.5 cannot be used"),
     ],
 )
 def test_what_cannot_be_inspected_is_said(run, checkpoint, tmp_path, arguments, status, expected):

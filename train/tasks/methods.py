@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mamba_jax.long_context.calibration import Calibration
 from mamba_jax.long_context.decimamba import DeciMambaConfig, apply_decimamba
-from mamba_jax.long_context.delta_scaling import scale_delta
 from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba, chosen_channels, decay_threshold
+from mamba_jax.long_context.scaling import ScalingConfig, apply_scaling
 from mamba_jax.models.language_model import LanguageModel
 from train.errors import UsageError, UserError
 from train.settings import did_you_mean
@@ -91,7 +91,9 @@ def _decimamba(model: LanguageModel, setting: Setting, length: int) -> LanguageM
 
 
 def _scaled(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
-    return model if length <= setting.training_length else scale_delta(model, setting.training_length / length)
+    if length <= setting.training_length:
+        return model
+    return apply_scaling(model, ScalingConfig(delta=setting.training_length / length))
 
 
 METHODS = {

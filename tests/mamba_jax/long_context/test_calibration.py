@@ -16,8 +16,8 @@ from mamba_jax.long_context.calibration import (
     sample_sequences,
     thresholds,
 )
-from mamba_jax.long_context.delta_scaling import scale_delta
 from mamba_jax.long_context.diagnostics import collect
+from mamba_jax.long_context.scaling import ScalingConfig, apply_scaling
 from tests.mamba_jax.long_context.models import TRAINING_LENGTH, built_on_mesh, language_model, mesh, tokens
 
 
@@ -220,7 +220,9 @@ def test_a_sharded_model_is_calibrated_like_a_whole_one(model, sequences):
 
 
 def test_extenders_are_not_calibrated(model, sequences, calibration):
-    assert_equal(calibrate(scale_delta(model, 0.1), sequences, clamp=0.0, source="a text"), calibration)
+    assert_equal(
+        calibrate(apply_scaling(model, ScalingConfig(delta=0.1)), sequences, clamp=0.0, source="a text"), calibration
+    )
 
 
 def test_text_that_was_calibrated_on_is_not_evaluated_on(calibration):

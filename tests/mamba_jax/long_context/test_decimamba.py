@@ -8,8 +8,8 @@ from jax.sharding import PartitionSpec as P
 from mamba_jax import sharding
 from mamba_jax.generation import Sampling, generate, prefill
 from mamba_jax.long_context.decimamba import DeciMambaConfig, apply_decimamba
-from mamba_jax.long_context.delta_scaling import scale_delta
 from mamba_jax.long_context.diagnostics import collect
+from mamba_jax.long_context.scaling import ScalingConfig, apply_scaling
 from mamba_jax.mixers.mamba1 import Mamba1
 from mamba_jax.mixers.mamba2 import Mamba2Config
 from pallas_kernels.selective_scan import selective_scan
@@ -199,7 +199,7 @@ def test_settings_that_cannot_be_used_are_named(settings, message):
 def test_models_that_cannot_be_decimated_are_refused():
     model = language_model(repeats=2)
     with pytest.raises(ValueError, match="the model has extenders"):
-        apply_decimamba(scale_delta(model, 0.5), DeciMambaConfig(layers=(1,)))
+        apply_decimamba(apply_scaling(model, ScalingConfig(delta=0.5)), DeciMambaConfig(layers=(1,)))
     with pytest.raises(ValueError, match="sequences of different lengths"):
         collect(apply_decimamba(model, DeciMambaConfig(layers=(1,))), tokens(0, 1, 9))
     floored = language_model(pattern="2", **{"2": Mamba2Config(state_size=3, head_dim=2, delta_limit_min=1e-3)})

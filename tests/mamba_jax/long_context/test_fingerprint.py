@@ -5,8 +5,8 @@ import pytest
 from flax import nnx
 
 from mamba_jax.long_context.calibration import calibrate
-from mamba_jax.long_context.delta_scaling import scale_delta
 from mamba_jax.long_context.fingerprint import _checksum, fingerprint
+from mamba_jax.long_context.scaling import ScalingConfig, apply_scaling
 from tests.mamba_jax.long_context.models import built_on_mesh, language_model, mesh, tokens
 
 
@@ -51,7 +51,7 @@ def test_a_checksum_depends_on_every_bit_and_place():
 
 
 def test_extenders_do_not_count(model):
-    assert fingerprint(scale_delta(model, 0.5)) == fingerprint(model)
+    assert fingerprint(apply_scaling(model, ScalingConfig(delta=0.5))) == fingerprint(model)
 
 
 def test_a_sharded_model_is_the_same_model(model):
@@ -65,6 +65,6 @@ def test_a_sharded_model_is_the_same_model(model):
 def test_a_calibration_fits_only_its_own_model(model):
     calibration = calibrate(model, tokens(0, 1, 8))
     calibration.require_model(model)
-    calibration.require_model(scale_delta(model, 0.5))
+    calibration.require_model(apply_scaling(model, ScalingConfig(delta=0.5)))
     with pytest.raises(ValueError, match=r"the calibration is of checkpoint [0-9a-f]{12}, but the model is"):
         calibration.require_model(language_model(pattern="M2", repeats=1, seed=1))

@@ -9,9 +9,10 @@ from flax import nnx
 from mamba_jax.generation import Sampling, generate
 from mamba_jax.long_context.attach import with_extenders, without_extenders
 from mamba_jax.long_context.calibration import calibrate, length_ratios
-from mamba_jax.long_context.delta_scaling import scale_delta
 from mamba_jax.long_context.diagnostics import collect
 from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba, chosen_channels, interpolated
+from mamba_jax.long_context.scaling import ScalingConfig, apply_scaling
+from mamba_jax.long_context.token_filter import TokenFilter
 from mamba_jax.mixers.mamba2 import Mamba2Config
 from tests.mamba_jax.long_context.models import TRAINING_LENGTH, language_model, tokens
 
@@ -246,7 +247,7 @@ def test_layers_that_step_at_every_token_are_refused():
     ):
         apply_longmamba(model, calibrate(model, tokens(0, 2, TRAINING_LENGTH)))
     with pytest.raises(ValueError, match=r"steps its state by at least 0\.001"):
-        scale_delta(model, 0.5)
+        apply_scaling(model, ScalingConfig(delta=0.5))
 
 
 def test_an_extended_model_can_be_had_back(model, calibration):
@@ -264,4 +265,4 @@ def test_a_mixer_without_delta_is_refused():
     model = language_model()
     model.blocks[0].mixer = Averages()
     with pytest.raises(ValueError, match="layer 0 of the pattern 'M' has no delta"):
-        with_extenders(model, {0: Averages()})
+        with_extenders(model, {0: TokenFilter(np.ones((2, 1, 24)))})

@@ -11,6 +11,7 @@ from tests.mamba_jax.long_context.models import TRAINING_LENGTH, language_model,
 LENGTH = 4 * TRAINING_LENGTH
 # Layers 0 and 2 are Mamba-1, 1 and 3 Mamba-2.
 LAYERS = (2, 3)
+CONFIG = LongMambaConfig(decay_threshold=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def calibration(model):
 
 @pytest.fixture(scope="module")
 def layers(model, calibration):
-    return measurements.layers_of(model, calibration, 1e-2)
+    return measurements.layers_of(model, calibration, CONFIG)
 
 
 def steps(model, sequence, layer):
@@ -94,26 +95,30 @@ def test_receptive_fields_are_those_of_shorter_sequences(model, sequence, layers
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_decay_curves_are_products_of_decay_factors(model, sequence, layers, layer):
+def test_decay_curves_are_products_of_decay_factors(model, calibration, sequence, layers, layer):
     channels = np.array([0, 3, 7])
-    curves = measurements.decay_curves(model, sequence, layers, layer, channels)
-    delta, A, _, _ = steps(model, sequence, layer)
-    expected = np.log10(np.cumprod(np.exp(delta[..., None] * A).mean(axis=-1), axis=0))[:, channels]
+    curves = measurements.decay_curves(model, calibration, CONFIG, sequence, layers, layer, channels)
     np.testing.assert_array_equal(curves.position, np.arange(1, LENGTH + 1))
-    np.testing.assert_allclose(curves.log10_decay, expected.T, rtol=1e-4, atol=1e-5)
+    extended = apply_longmamba(model, calibration, LongMambaConfig(1e-2, length=LENGTH))
+    for read, decay in ((model, curves.log10_original), (extended, curves.log10_extended)):
+        delta, A, _, _ = steps(read, sequence, layer)
+        expected = np.log10(np.cumprod(np.exp(delta[..., None] * A).mean(axis=-1), axis=0))[:, channels]
+        np.testing.assert_allclose(decay, expected.T, rtol=1e-4, atol=1e-5)
 
 
 def test_longmamba_changes_no_decay_at_the_training_length_and_slows_it_beyond(model, calibration, sequence, layers):
     channels = np.argsort(calibration.places[0].log_decay[1])[::-1][:4]
-    decay = measurements.extended_decay(model, calibration, sequence, layers, 2, channels, [TRAINING_LENGTH, LENGTH])
+    decay = measurements.extended_decay(
+        model, calibration, CONFIG, sequence, layers, 2, channels, [TRAINING_LENGTH, LENGTH]
+    )
     np.testing.assert_array_equal(decay.log10_extended[0], decay.log10_original[0])
     assert np.all(decay.log10_extended[1, :, -1] > decay.log10_original[1, :, -1] / 2)
     assert decay.position[:, -1].tolist() == [TRAINING_LENGTH, LENGTH]
 
 
 def test_the_filtered_share_is_that_of_the_global_channels(model, calibration, sequence):
-    layers = measurements.layers_of(model, calibration)
-    share = measurements.filtered_share(model, calibration, sequence, layers, [LENGTH])
+    layers = measurements.layers_of(model, calibration, LongMambaConfig())
+    share = measurements.filtered_share(model, calibration, LongMambaConfig(), sequence, layers, [LENGTH])
     for shares, config in ((share.whole, LongMambaConfig(length=LENGTH)), (share.streaming, LongMambaConfig())):
         selections = diagnostics.collect(apply_longmamba(model, calibration, config), sequence)
         for layer, selection in selections.items():
@@ -125,8 +130,8 @@ def test_the_filtered_share_is_that_of_the_global_channels(model, calibration, s
 
 
 def test_state_norms_are_those_of_the_recurrence(model, calibration, sequence):
-    layers = measurements.layers_of(model, calibration, 1e-2)
-    norms = measurements.state_norms(model, calibration, sequence, layers)
+    layers = measurements.layers_of(model, calibration, CONFIG)
+    norms = measurements.state_norms(model, calibration, CONFIG, sequence, layers)
     np.testing.assert_array_equal(norms.position, np.arange(1, LENGTH + 1))
     for layer in LAYERS:
         x = np.asarray(diagnostics.collect(model, sequence)[layer].x[0], np.float64).reshape(LENGTH, -1)
@@ -145,18 +150,27 @@ def test_state_norms_are_those_of_the_recurrence(model, calibration, sequence):
     assert not np.allclose(norms.extended[:, -1], norms.original[:, -1], rtol=1e-2)
 
 
-def test_of_layers_whose_steps_see_two_tokens_the_decay_alone_is_measured(sequence):
+def test_layers_whose_decay_rates_are_each_token_s_own_are_measured_like_others(sequence):
     model = language_model(pattern="M3", repeats=2)
     calibration = calibrate(model, tokens(0, 2, TRAINING_LENGTH))
-    layers = measurements.layers_of(model, calibration)
-    assert diagnostics.layers_with_attention(model) == [0, 2]
-    curves = measurements.decay_curves(model, sequence, layers, 3, np.array([0, 5]))
+    layers = measurements.layers_of(model, calibration, CONFIG)
+    channels = np.array([0, 5])
+    curves = measurements.decay_curves(model, calibration, CONFIG, sequence, layers, 3, channels)
     selection = diagnostics.collect(model, sequence)[3]
     delta, A = np.asarray(selection.delta[0], np.float64), np.asarray(selection.A[0, :, :, 0], np.float64)
     assert np.std(A, axis=0).min() > 1e-2  # each token has its own
-    expected = np.log10(np.cumprod(np.exp(delta * A), axis=0))[:, [0, 5]]
-    np.testing.assert_allclose(curves.log10_decay, expected.T, rtol=1e-4, atol=1e-5)
-    assert measurements.state_norms(model, calibration, sequence, layers).layer.tolist() == [0, 2]
+    expected = np.log10(np.cumprod(np.exp(delta * A), axis=0))[:, channels]
+    np.testing.assert_allclose(curves.log10_original, expected.T, rtol=1e-4, atol=1e-5)
+    norms = measurements.state_norms(model, calibration, CONFIG, sequence, layers)
+    assert norms.layer.tolist() == [0, 1, 2, 3]
+    assert np.all(norms.original > 0)
+    maps = measurements.attention_maps(model, sequence, layers, {3: channels}, pixels=LENGTH)
+    weights = np.abs(diagnostics.hidden_attention(selection, jnp.asarray(channels))[0])
+    largest = weights.max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(10**maps.log10_attention, weights / largest, atol=1e-5)
+    np.testing.assert_allclose(
+        maps.receptive_field, diagnostics.effective_receptive_field(selection)[0, channels], rtol=1e-4
+    )
 
 
 def test_a_layer_that_is_not_there_is_named(model, sequence):
@@ -171,14 +185,18 @@ def test_every_figure_says_what_its_axes_are(model, calibration, sequence, layer
         "census": figures.census(layers),
         "maps": figures.attention_maps(maps, columns=2, title="Maps"),
         "fields": figures.receptive_fields(measurements.receptive_fields(model, sequence, layers, 2, channels)),
-        "decay": figures.decay_curves(measurements.decay_curves(model, sequence, layers, 2, channels)),
+        "decay": figures.decay_curves(
+            measurements.decay_curves(model, calibration, CONFIG, sequence, layers, 2, channels)
+        ),
         "extended": figures.extended_decay(
             measurements.extended_decay(
-                model, calibration, sequence, layers, 2, channels[:2], [TRAINING_LENGTH, LENGTH]
+                model, calibration, CONFIG, sequence, layers, 2, channels[:2], [TRAINING_LENGTH, LENGTH]
             )
         ),
-        "share": figures.filtered_share(measurements.filtered_share(model, calibration, sequence, layers, [LENGTH])),
-        "norms": figures.state_norms(measurements.state_norms(model, calibration, sequence, layers)),
+        "share": figures.filtered_share(
+            measurements.filtered_share(model, calibration, CONFIG, sequence, layers, [LENGTH])
+        ),
+        "norms": figures.state_norms(measurements.state_norms(model, calibration, CONFIG, sequence, layers)),
     }
     for name, figure in drawn.items():
         figures.save(figure, tmp_path / f"{name}.png")
@@ -201,7 +219,7 @@ def test_collected_and_single_selections_agree(model, sequence):
 
 def test_rows_of_attention_are_those_of_the_whole(model, sequence):
     selection = diagnostics.selection_of_layer(model, sequence, 1)
-    arguments = selection.delta[0], selection.A, selection.B[0], selection.C[0], jnp.array([2, 9])
-    whole = diagnostics.hidden_attention(*arguments)
-    rows = jnp.array([0, 50, LENGTH - 1])
-    np.testing.assert_allclose(diagnostics.hidden_attention(*arguments, rows), whole[:, rows], rtol=1e-5, atol=1e-7)
+    channels, rows = jnp.array([2, 9]), jnp.array([0, 50, LENGTH - 1])
+    whole = diagnostics.hidden_attention(selection, channels)
+    of_rows = diagnostics.hidden_attention(selection, channels, rows)
+    np.testing.assert_allclose(of_rows, whole[:, :, rows], rtol=1e-5, atol=1e-7)

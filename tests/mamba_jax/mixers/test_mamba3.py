@@ -107,6 +107,8 @@ def test_computes_the_published_layer(config):
 class Keeps(nnx.Module):
     """An extender that leaves out the same tokens in all sequences."""
 
+    A_scale = None
+
     def __init__(self, kept):
         self.kept = nnx.data(jnp.asarray(kept))
 
