@@ -47,9 +47,11 @@ def gradients(slopes: Slopes, tokens: Float[Array, "batch heads chunks rows 64"]
     to_end = delta * slopes.to_end
     across = jnp.exp2(total[..., -1]) * jnp.sum(slopes.across, axis=-1)
     up_to = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
-    from_here = _times(slopes.from_start, up_to.T)
-    before = _times(to_end, up_to - jnp.eye(CHUNK, dtype=jnp.float32))
-    dlog_decay = slopes.within + from_here + before + across[..., None]
+    # The sum from each token on, and that before it. As a product XLA has one kernel for both.
+    both = jnp.concatenate([slopes.from_start, to_end], axis=-1)
+    sums = jnp.concatenate([up_to.T, up_to - jnp.eye(CHUNK, dtype=jnp.float32)])
+    from_here_and_before = jnp.einsum("bhcs,st->bhct", both, sums, precision=jax.lax.Precision.HIGHEST)
+    dlog_decay = slopes.within + from_here_and_before + across[..., None]
     if slopes.own is None:
         return {"delta": slopes.to_end + slopes.to_outputs / delta, "log_decay": dlog_decay}
     return {
@@ -57,8 +59,3 @@ def gradients(slopes: Slopes, tokens: Float[Array, "batch heads chunks rows 64"]
         "log_decay": dlog_decay,
         "own_weight": slopes.own / tokens[:, :, :, OWN_WEIGHT],
     }
-
-
-def _times(numbers: _Tokens, matrix: Float[Array, "64 64"]) -> _Tokens:
-    # The way to sums over some of a chunk's tokens that XLA has one kernel for.
-    return jnp.einsum("bhcs,st->bhct", numbers, matrix, precision=jax.lax.Precision.HIGHEST)
