@@ -34,6 +34,7 @@ from mamba_jax.long_context.calibration import Calibration
 from mamba_jax.long_context.diagnostics import collect
 from mamba_jax.long_context.longmamba import LongMambaConfig, chosen_channels, interpolated
 from mamba_jax.long_context.token_filter import TokenFilter
+from mamba_jax.mixers.selective import Extender
 from mamba_jax.models.language_model import LanguageModel
 from train.checkpoint import load_for_inference
 from train.data import pipeline
@@ -46,7 +47,9 @@ CHUNK, TOKENS_AT_A_TIME = 4096, 1 << 18
 
 
 class PartOfText(nnx.Module):
-    """A filter that leaves tokens out between two positions only, counted from 1 and both included, or outside them."""
+    """A filter that leaves tokens out in some of three parts only: before the needle, in it, and behind it."""
+
+    A_scale = None
 
     def __init__(self, token_filter: TokenFilter, needle: tuple[int, int], where: Sequence[str], layers: int):
         self.token_filter = token_filter
@@ -102,7 +105,7 @@ class Study:
             scales=np.where(scaled[:, None], 1 / ratios, 1.0),
         )
 
-    def found(self, extender: nnx.Module, questions: Sequence[Question]) -> list[float]:
+    def found(self, extender: Extender, questions: Sequence[Question]) -> list[float]:
         """Share of the keys that a model with this extender finds, for each question."""
         model, shares = with_extenders(self.model, {0: extender}), []
         for question in questions:

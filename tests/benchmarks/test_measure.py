@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import prepare as prepare_module
 from benchmarks.hardware import Limits
-from benchmarks.measure import Failure, Measurement, measure
+from benchmarks.measure import Failure, Measurement, _errors, measure
 from benchmarks.operators import OPERATORS, Costs, Operator
 from benchmarks.prepare import prepare
 from benchmarks.suites import Case
@@ -74,6 +76,15 @@ class TestErrors:
             # Its rates are tokens'.
             tokens.add("A")
         assert set(right.errors) == ({"y"} if direction == "forward" else tokens)
+
+
+def test_a_gradient_that_sums_terms_which_cancel_is_compared_with_the_terms():
+    expected = {"delta": np.array([3.0, -3.0, 4.0, -4.0]).reshape(1, 4, 1), "delta_bias": np.zeros(1)}
+    outputs = {"delta": jnp.asarray(expected["delta"]), "delta_bias": jnp.full(1, 0.1)}
+    problem = types.SimpleNamespace(cases=[case(OPERATORS["ssd"], "backward")], kept={})
+    errors = _errors(problem, outputs, expected)  # type: ignore[arg-type]
+    assert errors["delta"] == 0
+    assert errors["delta_bias"] == pytest.approx(0.1 / np.sqrt(50))
 
 
 def test_what_is_compared_is_what_was_timed(monkeypatch):

@@ -17,6 +17,9 @@ from mamba_jax.models.language_model import LanguageModelConfig
 TRAINING_LENGTH = 128
 KINDS = {"M": Mamba1Config(), "2": Mamba2Config(state_size=64), "3": Mamba3Config(state_size=64)}
 EVERY_CHANNEL_IS_GLOBAL = 1e-300
+DIFFERENCE_OF_CHUNKS = {"M": 1e-2, "2": 1.5e-2, "3": 3e-2}
+"""Of logits, relative. Chunks round otherwise than the whole, which alone makes 0.0003, 0.0097 and 0.006 at most (an
+H200 and four seeds, for Mamba-3 a CPU and one), and puts a few steps on the other side of their threshold."""
 
 
 def build(pattern: str, implementation: str | None, compute_dtype: str):
@@ -74,6 +77,4 @@ def test_in_bfloat16_too_chunks_equal_the_whole(pattern, tokens):
     for chunk in jnp.split(tokens, [100, 400], axis=1):
         logits, state = read(model, chunk, state)
         parts.append(logits)
-    # Chunks round otherwise than the whole, which puts a few steps on the other side of their threshold.
-    bound = {"M": 1e-2, "2": 1e-2, "3": 3e-2}[pattern]
-    assert relative_error(jnp.concatenate(parts, axis=1), whole) < bound
+    assert relative_error(jnp.concatenate(parts, axis=1), whole) < DIFFERENCE_OF_CHUNKS[pattern]
