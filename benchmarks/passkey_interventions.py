@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -34,10 +33,12 @@ from mamba_jax.long_context.calibration import Calibration
 from mamba_jax.long_context.diagnostics import collect
 from mamba_jax.long_context.longmamba import LongMambaConfig, chosen_channels, interpolated
 from mamba_jax.long_context.token_filter import TokenFilter
+from mamba_jax.mixers.selective import Extender
 from mamba_jax.models.language_model import LanguageModel
 from train.checkpoint import load_for_inference
 from train.data import pipeline
 from train.tasks.example import Example
+from train.tasks.methods import load_calibration
 from train.tasks.passkey import NEEDLE, QUESTION, Passkey
 from train.tasks.reading import Reading, answers
 from train.tasks.text import Text
@@ -47,6 +48,8 @@ CHUNK, TOKENS_AT_A_TIME = 4096, 1 << 18
 
 class PartOfText(nnx.Module):
     """A filter that leaves tokens out between two positions only, counted from 1 and both included, or outside them."""
+
+    A_scale = None
 
     def __init__(self, token_filter: TokenFilter, needle: tuple[int, int], where: Sequence[str], layers: int):
         self.token_filter = token_filter
@@ -102,7 +105,7 @@ class Study:
             scales=np.where(scaled[:, None], 1 / ratios, 1.0),
         )
 
-    def found(self, extender: nnx.Module, questions: Sequence[Question]) -> list[float]:
+    def found(self, extender: Extender, questions: Sequence[Question]) -> list[float]:
         """Share of the keys that a model with this extender finds, for each question."""
         model, shares = with_extenders(self.model, {0: extender}), []
         for question in questions:
@@ -191,9 +194,11 @@ def main() -> None:
 
     checkpoint = load_for_inference(options.checkpoint)
     text = Text(pipeline.load(checkpoint.experiment.data).held_out)
-    _, model = checkpoint.restore(jax.eval_shape(lambda: checkpoint.experiment.model.build(nnx.Rngs(0))))
-    calibration = Calibration.load(options.calibration)
-    calibration.require_model(model)
+    _, model = checkpoint.restore_model()
+    calibration = load_calibration(
+        options.calibration, ["longmamba"], model, options.checkpoint, read=text.fingerprint, text=text
+    )
+    assert calibration is not None  # the method needs one
     study = Study(model, calibration, Passkey(text, seed=0), options.tries)
 
     results: dict[str, list[Row]] = {}
