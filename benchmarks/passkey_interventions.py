@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -39,6 +38,7 @@ from mamba_jax.models.language_model import LanguageModel
 from train.checkpoint import load_for_inference
 from train.data import pipeline
 from train.tasks.example import Example
+from train.tasks.methods import load_calibration
 from train.tasks.passkey import NEEDLE, QUESTION, Passkey
 from train.tasks.reading import Reading, answers
 from train.tasks.text import Text
@@ -48,6 +48,8 @@ CHUNK, TOKENS_AT_A_TIME = 4096, 1 << 18
 
 class PartOfText(nnx.Module):
     """A filter that leaves tokens out in some of three parts only: before the needle, in it, and behind it."""
+
+    A_scale = None
 
     A_scale = None
 
@@ -194,9 +196,11 @@ def main() -> None:
 
     checkpoint = load_for_inference(options.checkpoint)
     text = Text(pipeline.load(checkpoint.experiment.data).held_out)
-    _, model = checkpoint.restore(jax.eval_shape(lambda: checkpoint.experiment.model.build(nnx.Rngs(0))))
-    calibration = Calibration.load(options.calibration)
-    calibration.require_model(model)
+    _, model = checkpoint.restore_model()
+    calibration = load_calibration(
+        options.calibration, ["longmamba"], model, options.checkpoint, read=text.fingerprint, text=text
+    )
+    assert calibration is not None  # the method needs one
     study = Study(model, calibration, Passkey(text, seed=0), options.tries)
 
     results: dict[str, list[Row]] = {}

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool, Integer
 
 from mamba_jax.long_context import calibration as calibrations
@@ -50,7 +48,7 @@ def run(
         UsageError: a number is out of its range.
     """
     trained = load_for_inference(checkpoint)
-    step, model = trained.restore(jax.eval_shape(lambda: trained.experiment.model.build(nnx.Rngs(0))))
+    step, model = trained.restore_model()
     calibration = calibrate(trained, model, length=length, count=count, seed=seed, clamp=clamp)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +89,27 @@ def calibrate(
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def load(path: Path, model: LanguageModel, checkpoint: Path) -> Calibration:
+    """Reads a calibration of this model, which is from this checkpoint.
+
+    Raises:
+        UserError: there is no such file, it is no calibration, or it is of another model; says how one is made.
+    """
+    try:
+        calibration = Calibration.load(path)
+        calibration.require_model(model)
+    except FileNotFoundError:
+        raise UserError(f"--calibration {path}: there is no such file. {how_to_make(checkpoint)}") from None
+    except ValueError as error:
+        raise UserError(f"--calibration {path}: {error} {how_to_make(checkpoint)}") from None
+    return calibration
+
+
+def how_to_make(checkpoint: Path) -> str:
+    """The command that calibrates a checkpoint, as a sentence."""
+    return f"Make it with: mamba-jax calibrate --checkpoint {checkpoint} --out calibration.npz"
 
 
 def _sample(corpus: Corpus, *, length: int, count: int, seed: int) -> Integer[np.ndarray, "count length"]:

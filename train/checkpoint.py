@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
+from mamba_jax.models.language_model import LanguageModel
 from train.config import CheckpointConfig, Experiment
 from train.errors import UserError
 from train.settings import from_json, to_json
@@ -214,6 +215,10 @@ class TrainedModel:
                 self.folder, self.steps, lambda step: _read_state(manager, step, {part: abstract_model})
             )
         return step, state[part]
+
+    def restore_model(self) -> tuple[int, LanguageModel]:
+        """The model that the run trained, after the step of the checkpoint; as ``restore``."""
+        return self.restore(jax.eval_shape(lambda: self.experiment.model.build(nnx.Rngs(0))))
 
 
 def load_for_inference(checkpoint: Path) -> TrainedModel:

@@ -223,7 +223,7 @@ def _add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         "--clamp",
         type=float,
         metavar="SHARE",
-        help="cut this share of the largest steps off first (0 for Mamba-1 and 0.05 for Mamba-2, as published)",
+        help="cut this share of the largest steps off first (0.05 for Mamba-2, as published, and 0 for the others)",
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from mamba_jax.models.language_model import LanguageModel
@@ -67,7 +66,7 @@ def run(checkpoint: Path, *, output: Path | None = None) -> dict[str, int | floa
     corpus.require_vocabulary(trained.experiment.model.vocab_size)
     mesh = make_mesh(MeshConfig(data=math.gcd(data.global_batch_size, jax.local_device_count())), jax.local_devices())
     with jax.set_mesh(mesh):
-        step, model = trained.restore(jax.eval_shape(lambda: trained.experiment.model.build(nnx.Rngs(0))))
+        step, model = trained.restore_model()
         batches = pipeline.held_out_batches(data, corpus.held_out)
         scores = evaluate(make_eval_step(trained.experiment), model, batches, corpus.held_out, mesh)
     result = {"step": step, **scores}

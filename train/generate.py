@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import jax
-from flax import nnx
-
 from mamba_jax import generation
 from train.checkpoint import load_for_inference
 from train.data.tokenizer import tokenizer_from_description
@@ -49,7 +46,7 @@ def run(
         raise UsageError(f"--{error}") from None
     trained = load_for_inference(checkpoint)
     tokenizer = tokenizer_from_description(trained.tokenizer)
-    _, model = trained.restore(jax.eval_shape(lambda: trained.experiment.model.build(nnx.Rngs(0))))
+    _, model = trained.restore_model()
     parts = generation.stream(
         model,
         [[tokenizer.separator_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts],

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Int
 from matplotlib.figure import Figure
 
@@ -55,8 +53,10 @@ def run(
     except ValueError as error:
         raise UsageError(f"--decay_threshold: {error}") from None
     trained = load_for_inference(checkpoint)
-    _, model = trained.restore(jax.eval_shape(lambda: trained.experiment.model.build(nnx.Rngs(0))))
-    measured = calibrate.calibrate(trained, model) if calibration is None else _load(calibration, model)
+    _, model = trained.restore_model()
+    measured = (
+        calibrate.calibrate(trained, model) if calibration is None else calibrate.load(calibration, model, checkpoint)
+    )
     length = _EXTENSION * measured.training_length if length is None else length
     tokens = _held_out_tokens(trained, measured.training_length, length)
     layers = measurements.layers_of(model, measured, config)
@@ -103,7 +103,7 @@ def _figures(
     decay = measurements.extended_decay(model, calibration, config, tokens, layers, layer, slowest, doublings)
     yield "figure_08_decay_with_longmamba", decay, figures.extended_decay(decay)
 
-    for number, shown in zip(range(9, 15), _spread(list(layers.is_global), 6), strict=False):
+    for number, shown in zip(range(9, 15), measurements.spread(list(layers.is_global), 6).tolist(), strict=False):
         first_24 = np.arange(min(24, layers.is_global[shown].size))
         curves = measurements.decay_curves(model, calibration, config, tokens, layers, shown, first_24)
         yield f"figure_{number:02}_decay_layer_{shown}", curves, figures.decay_curves(curves)
@@ -112,8 +112,8 @@ def _figures(
     yield "filtered_share", share, figures.filtered_share(share)
 
     twelve = {
-        shown: np.unique(np.linspace(0, layers.is_global[shown].size - 1, 12).round().astype(int))
-        for shown in _spread(list(layers.is_global), 4)
+        shown: measurements.spread(np.arange(layers.is_global[shown].size), 12)
+        for shown in measurements.spread(list(layers.is_global), 4).tolist()
     }
     columns = min(12, *(len(channels) for channels in twelve.values()))
     for number, sequence in ((15, at_training_length), (16, tokens)):
@@ -123,15 +123,6 @@ def _figures(
 
     norms = measurements.state_norms(model, calibration, config, tokens, layers)
     yield "state_norms", norms, figures.state_norms(norms)
-
-
-def _load(path: Path, model: LanguageModel) -> Calibration:
-    try:
-        calibration = Calibration.load(path)
-        calibration.require_model(model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--calibration {path}: {error}") from None
-    return calibration
 
 
 def _held_out_tokens(trained: TrainedModel, training_length: int, length: int) -> Int[Array, "1 length"]:
@@ -149,11 +140,6 @@ def _held_out_tokens(trained: TrainedModel, training_length: int, length: int) -
 def _middle(layers: measurements.Layers) -> int:
     numbers = list(layers.is_global)
     return numbers[len(numbers) // 2]
-
-
-def _spread(items: list[int], count: int) -> list[int]:
-    """``count`` of the items at even distances, all where there are fewer."""
-    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
 
 
 def _arrays(numbers: Any) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class LayerStatistics:
     longest_ratio: Float[np.ndarray, "repeats channels"]
     """S/L up to which the sample tells thresholds apart: at the next, its largest steps alone exceed L/S."""
     decay_rates: int
-    """Decay rates of a channel's state: its size in Mamba-1, 1 in the heads of Mamba-2."""
+    """Decay rates of a channel's state: its size in Mamba-1, 1 in the heads of Mamba-2 and Mamba-3."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +176,8 @@ def calibrate(
         sequences: tokens such as it was trained on, as long as its training sequences; the paper takes 10. Never
             take them from what the extended model will be evaluated on.
         clamp: cut off this share of the largest step sizes of each channel at the least of them, before all else, as
-            the authors' code does. None takes what was published: 0 where a channel has several decay rates (Mamba-1,
-            the paper), 0.05 where it has one (Mamba-2, the authors' code, which has 0.2 for Mamba-1).
+            the authors' code does. None takes what was published: 0.05 for Mamba-2 (the authors' code, which has
+            0.2 for Mamba-1), 0 for all others (the paper).
         source: names the text the sequences are from, such as ``train.data.tokens.Tokens.fingerprint``; evaluations
             then refuse to use the calibration on the same text.
         separator: token between documents, if there is one. What evaluations read has none, so the excerpts by which

@@ -32,7 +32,7 @@ _STREAMING_STEPS_PER_OCTAVE = 16
 class LongMambaConfig:
     decay_threshold: float | None = None
     """Decay Th over a training sequence above which a channel is global. None takes what was published: 1e-30 where a
-    channel has several decay rates (Mamba-1), 5e-2 where it has one (Mamba-2)."""
+    channel has several decay rates (Mamba-1), 5e-2 where it has one (Mamba-2; for Mamba-3 nothing was published)."""
     length: int | None = None
     """Length S of the whole sequence, answer included, for one g(S); None lets g follow the position (streaming)."""
     table_step: int | None = None

@@ -26,6 +26,13 @@ _POINTS = 400
 """Points of a curve at most."""
 
 
+def spread(items: Sequence[int] | Int[np.ndarray, " items"], count: int) -> Int[np.ndarray, " chosen"]:
+    """``count`` of the items at even distances, all where there are fewer."""
+    if len(items) > count:
+        return np.asarray(items)[np.linspace(0, len(items) - 1, count).round().astype(int)]
+    return np.asarray(items, int)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layers:
     """Which channels of a model are global, by number of the layer from the bottom."""
@@ -40,7 +47,7 @@ class Layers:
     def pick(self, layer: int, *, local: int, globals_: int) -> Int[np.ndarray, " chosen"]:
         """Channels spread over the local ones, then over the global ones; all of a kind where it has fewer."""
         kinds = (~self.is_global[layer], local), (self.is_global[layer], globals_)
-        return np.concatenate([_spread(np.flatnonzero(mask), count) for mask, count in kinds])
+        return np.concatenate([spread(np.flatnonzero(mask), count) for mask, count in kinds])
 
 
 def layers_of(model: LanguageModel, calibration: Calibration, config: LongMambaConfig) -> Layers:
@@ -316,10 +323,3 @@ def state_norms(
 
 def _or_all(mask: np.ndarray) -> np.ndarray:
     return mask if mask.any() else ~mask
-
-
-def _spread(items: np.ndarray, count: int) -> np.ndarray:
-    """``count`` of the items at even distances, all where there are fewer."""
-    if len(items) <= count:
-        return items
-    return items[np.linspace(0, len(items) - 1, count).round().astype(int)]

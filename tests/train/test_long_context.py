@@ -210,7 +210,10 @@ def test_a_calibration_of_another_checkpoint_is_refused(run, checkpoint, tmp_pat
     assert status == 1
     assert "the calibration is of checkpoint" in err
     (tmp_path / "header.json").write_text(json.dumps({}))
-    for path, expected in (("header.json", "is no calibration file"), ("missing.npz", "No such file")):
+    for path, expected in (
+        ("header.json", "is no calibration file"),
+        ("missing.npz", "there is no such file. Make it with: mamba-jax calibrate"),
+    ):
         status, _, err = run(*inspect, tmp_path / path)
         assert status == 1
         assert expected in err

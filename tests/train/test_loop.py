@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from train import gin, loop
 from train.checkpoint import load_for_inference
@@ -93,7 +92,7 @@ def wait_for_step(process: subprocess.Popen[str], workdir: Path, step: int) -> N
 
 def parameters(workdir: Path) -> list[np.ndarray]:
     trained = load_for_inference(workdir)
-    step, model = trained.restore(jax.eval_shape(lambda: trained.experiment.model.build(nnx.Rngs(0))))
+    step, model = trained.restore_model()
     assert step == STEPS
     return [np.asarray(leaf) for leaf in jax.tree.leaves(model)]
 

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import rich.console
 import rich.progress
-from flax import nnx
 from jax.errors import JaxRuntimeError
 
 from mamba_jax.long_context.fingerprint import fingerprint
@@ -64,7 +63,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = tokenizer_from_description(checkpoint.tokenizer)
     trained = Trained(tokenizer, data.sequence_length, lambda: Text(pipeline.load(data).held_out))
     plan = TASKS[options.task].plan(options, trained)
-    step, model = checkpoint.restore(jax.eval_shape(lambda: checkpoint.experiment.model.build(nnx.Rngs(0))))
+    step, model = checkpoint.restore_model()
     calibration = load_calibration(
         options.calibration, methods, model, options.checkpoint, read=plan.read, text=plan.text
     )

@@ -11,6 +11,7 @@ from mamba_jax.long_context.decimamba import DeciMambaConfig, apply_decimamba
 from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba, chosen_channels, decay_threshold
 from mamba_jax.long_context.scaling import ScalingConfig, apply_scaling
 from mamba_jax.models.language_model import LanguageModel
+from train import calibrate
 from train.errors import UsageError, UserError
 from train.settings import did_you_mean
 from train.tasks.text import Text
@@ -149,20 +150,18 @@ def load_calibration(
         UsageError: a method needs one, and none was given.
         UserError: the file cannot be read, is of another model, or was made on the text of the evaluation.
     """
-    make = f"Make it with: mamba-jax calibrate --checkpoint {checkpoint} --out calibration.npz"
     needing = [name for name in names if METHODS[name].needs_calibration]
     if path is None:
         if needing:
-            raise UsageError(f"the methods {', '.join(needing)} need --calibration FILE. {make}")
+            raise UsageError(
+                f"the methods {', '.join(needing)} need --calibration FILE. {calibrate.how_to_make(checkpoint)}"
+            )
         return None
+    calibration = calibrate.load(path, model, checkpoint)
     try:
-        calibration = Calibration.load(path)
-        calibration.require_model(model)
         calibration.require_unseen(read, text.pieces() if text else ())
-    except FileNotFoundError:
-        raise UserError(f"--calibration {path}: there is no such file. {make}") from None
     except ValueError as error:
-        raise UserError(f"--calibration {path}: {error} {make}") from None
+        raise UserError(f"--calibration {path}: {error} {calibrate.how_to_make(checkpoint)}") from None
     return calibration
 
 

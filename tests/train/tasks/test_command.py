@@ -8,7 +8,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from mamba_jax.long_context.calibration import Calibration, calibrate, sample_starts
 from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba
@@ -40,7 +39,7 @@ def run(capsys, checkpoint):
 @pytest.fixture(scope="module")
 def model(checkpoint):
     trained = load_for_inference(checkpoint)
-    return trained.restore(jax.eval_shape(lambda: trained.experiment.model.build(nnx.Rngs(0))))[1]
+    return trained.restore_model()[1]
 
 
 @pytest.fixture(scope="module")
