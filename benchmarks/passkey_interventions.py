@@ -51,8 +51,6 @@ class PartOfText(nnx.Module):
 
     A_scale = None
 
-    A_scale = None
-
     def __init__(self, token_filter: TokenFilter, needle: tuple[int, int], where: Sequence[str], layers: int):
         self.token_filter = token_filter
         self.first, self.last = (nnx.data(jnp.full((layers,), place, jnp.int32)) for place in needle)

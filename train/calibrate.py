@@ -95,13 +95,15 @@ def load(path: Path, model: LanguageModel, checkpoint: Path) -> Calibration:
     """Reads a calibration of this model, which is from this checkpoint.
 
     Raises:
-        UserError: there is no such file, it is no calibration, or it is of another model; says how one is made.
+        UserError: the file cannot be read, is no calibration, or is of another model; says how one is made.
     """
     try:
         calibration = Calibration.load(path)
         calibration.require_model(model)
     except FileNotFoundError:
         raise UserError(f"--calibration {path}: there is no such file. {how_to_make(checkpoint)}") from None
+    except OSError as error:
+        raise UserError(f"--calibration {path} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:
         raise UserError(f"--calibration {path}: {error} {how_to_make(checkpoint)}") from None
     return calibration

@@ -72,9 +72,10 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         if reason := too_few_layers(method, setting):
             print(reason, file=sys.stderr)
             methods.remove(method)
+    longest = max(cell.length for cell in plan.cells)
     for method in methods:  # found out before hours are spent on the others
-        reader = extended(method, model, setting, max(cell.length for cell in plan.cells))
-        if reader is not model and (reason := without_effect(method, setting)):
+        extended(method, model, setting, longest)
+        if reason := without_effect(method, model, setting, longest):
             print(reason, file=sys.stderr)
 
     folder = options.output or checkpoint.folder.parent / EVALUATIONS / options.task

@@ -6,10 +6,15 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from mamba_jax.long_context.calibration import Calibration
-from mamba_jax.long_context.decimamba import DeciMambaConfig, apply_decimamba
-from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba, chosen_channels, decay_threshold
-from mamba_jax.long_context.scaling import ScalingConfig, apply_scaling
+from mamba_jax.long_context import (
+    Calibration,
+    DeciMambaConfig,
+    ExtensionConfig,
+    LongMambaConfig,
+    ScalingConfig,
+    extend,
+)
+from mamba_jax.long_context.longmamba import chosen_channels, decay_threshold
 from mamba_jax.models.language_model import LanguageModel
 from train import calibrate
 from train.errors import UsageError, UserError
@@ -40,35 +45,28 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    extend: Callable[[LanguageModel, Setting, int], LanguageModel]
-    """Takes the model, and the length of the sequence, answer included."""
-    longmamba: Callable[[Setting], LongMambaConfig] | None = None
-    """LongMamba's settings but for the length, where the method is LongMamba or an ablation of it."""
+    config: Callable[[Setting, LanguageModel, int], ExtensionConfig | None]
+    """Takes the length of the sequence, answer included; None where the model reads that as it is."""
     options: frozenset[str] = frozenset()
     """Names of the options that decide what it does, beside the calibration; fields of ``Setting``."""
     layers: int | None = None
     """Layers that it extends; None for all."""
+    needs_calibration: bool = False
     in_chunks: bool = True
     """Whether a prompt may be read a part at a time."""
 
-    @property
-    def needs_calibration(self) -> bool:
-        return self.longmamba is not None
-
 
 def _longmamba(*, streaming: bool = False, **changes) -> Method:
-    def config(setting: Setting) -> LongMambaConfig:
-        seed = LongMambaConfig.seed if setting.channels_seed is None else setting.channels_seed
-        return LongMambaConfig(**{"decay_threshold": setting.decay_threshold, "seed": seed, **changes})
-
-    def extend(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
+    def config(setting: Setting, model: LanguageModel, length: int) -> LongMambaConfig | None:
+        del model
         assert setting.calibration is not None
+        seed = LongMambaConfig.seed if setting.channels_seed is None else setting.channels_seed
+        config = LongMambaConfig(**{"decay_threshold": setting.decay_threshold, "seed": seed, **changes})
         if streaming:
-            return apply_longmamba(model, setting.calibration, config(setting))
+            return config
         if length <= setting.calibration.training_length:
-            return model  # nothing is left out of so short a sequence
-        whole = dataclasses.replace(config(setting), length=length, table_step=setting.table_step)
-        return apply_longmamba(model, setting.calibration, whole)
+            return None  # nothing is left out of so short a sequence
+        return dataclasses.replace(config, length=length, table_step=setting.table_step)
 
     applies = {
         "decay_threshold": "decay_threshold" not in changes,
@@ -76,29 +74,27 @@ def _longmamba(*, streaming: bool = False, **changes) -> Method:
         "channels_seed": changes.get("channels") == "random",
     }
     options = frozenset(name for name, does in applies.items() if does)
-    return Method(extend, config, options, layers=changes.get("layers"))
+    return Method(config, options, layers=changes.get("layers"), needs_calibration=True)
 
 
-def _decimamba(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
+def _decimamba(setting: Setting, model: LanguageModel, length: int) -> DeciMambaConfig | None:
     if length <= setting.training_length:
-        return model
+        return None
     layers, base_length, beta = setting.decimamba_layers, setting.decimamba_length, setting.decimamba_beta
-    config = DeciMambaConfig(
+    return DeciMambaConfig(
         layers=(model.config.num_layers // 2,) if layers is None else tuple(layers),
         base_length=setting.training_length if base_length is None else base_length,
         beta=DeciMambaConfig.beta if beta is None else beta,
     )
-    return apply_decimamba(model, config)
 
 
-def _scaled(model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
-    if length <= setting.training_length:
-        return model
-    return apply_scaling(model, ScalingConfig(delta=setting.training_length / length))
+def _scaled(setting: Setting, model: LanguageModel, length: int) -> ScalingConfig | None:
+    del model
+    return None if length <= setting.training_length else ScalingConfig(delta=setting.training_length / length)
 
 
 METHODS = {
-    "vanilla": Method(lambda model, setting, length: model),
+    "vanilla": Method(lambda setting, model, length: None),
     "longmamba": _longmamba(),
     "longmamba_streaming": _longmamba(streaming=True),
     "longmamba_rescaled": _longmamba(rescale=True),
@@ -168,7 +164,8 @@ def load_calibration(
 def extended(name: str, model: LanguageModel, setting: Setting, length: int) -> LanguageModel:
     """The model that a method makes for a length. Raises UserError where it cannot be applied to this model."""
     try:
-        return METHODS[name].extend(model, setting, length)
+        config = METHODS[name].config(setting, model, length)
+        return model if config is None else extend(model, config, setting.calibration)
     except ValueError as error:
         raise UserError(
             f"the method {name} cannot be used on this model: {error} Or do without it: name the others with "
@@ -185,12 +182,11 @@ def too_few_layers(name: str, setting: Setting) -> str | None:
     return f"{name} is left out: of layers with a delta the model has {there}" if there < wanted else None
 
 
-def without_effect(name: str, setting: Setting) -> str | None:
+def without_effect(name: str, model: LanguageModel, setting: Setting, length: int) -> str | None:
     """Why a method that extends a model changes nothing all the same, or None where it does change something."""
-    config, calibration = METHODS[name].longmamba, setting.calibration
-    if config is None or calibration is None:
+    config, calibration = METHODS[name].config(setting, model, length), setting.calibration
+    if not isinstance(config, LongMambaConfig) or calibration is None:
         return None
-    config = config(setting)
     if any(channels.any() for channels in chosen_channels(calibration, config).values()):
         return None
     kind = "local" if config.channels == "local" else "global"
