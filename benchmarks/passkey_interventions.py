@@ -43,7 +43,11 @@ from train.tasks.passkey import NEEDLE, QUESTION, Passkey
 from train.tasks.reading import Reading, answers
 from train.tasks.text import Text
 
+TABLES = ("kept", "text", "layers", "channels")
+PARTS = ("before", "needle", "behind")
 CHUNK, TOKENS_AT_A_TIME = 4096, 1 << 18
+
+Row = dict[str, Any]
 
 
 class PartOfText(nnx.Module):
@@ -59,9 +63,6 @@ class PartOfText(nnx.Module):
     def __call__(self, delta, bias, position):
         part = (position >= self.first).astype(jnp.int32) + (position > self.last)
         return jnp.where(self.parts[part][..., None], self.token_filter(delta, bias, position), delta)
-
-
-PARTS = ("before", "needle", "behind")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +178,6 @@ class Study:
                 yield {"layer": layer, "channels added": added, "found": shares}
 
 
-Row = dict[str, Any]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
@@ -210,9 +208,6 @@ def main() -> None:
             print("  ".join(f"{name} {_shown(value)}" for name, value in row.items()), flush=True)
             if options.out:
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
-
-
-TABLES = ("kept", "text", "layers", "channels")
 
 
 def _tables(study: Study, options: argparse.Namespace) -> Iterator[tuple[str, Iterator[Row]]]:

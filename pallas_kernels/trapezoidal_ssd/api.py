@@ -104,7 +104,8 @@ def trapezoidal_ssd(
         B: input matrices of each group of heads, one a rank: head h uses group h // (heads // groups).
         C: output matrices, of the same shape as ``B``.
         lambda_: how much of a step sees the token at its end, from 0 to 1; the rest sees the token at its start.
-        theta: rotation of each pair of components, in half-turns for a step of size 1.
+        theta: rotation of each pair of components, in half-turns for a step of size 1. "mosaic_gpu" takes less than
+            256 a token, beyond which a float32 does not know the angle.
         D: skip connection, one a head or one a channel, (heads, head_dim); None for none.
         z: gate; None for none.
         delta_bias: added to ``delta``.

@@ -1,7 +1,7 @@
 """Kernels that add up each head's angles over the tokens: those of every chunk first, then those up to each token.
 
 Sums are integers that overflow on purpose: whole turns do not matter, and a sum of any number of angles is as precise
-as its terms. Conversions to integers are what the kernels' time goes to: there is one a term, and the sums need none.
+as its terms.
 """
 
 from __future__ import annotations

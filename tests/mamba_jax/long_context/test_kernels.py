@@ -17,9 +17,6 @@ from mamba_jax.models.language_model import LanguageModelConfig
 TRAINING_LENGTH = 128
 KINDS = {"M": Mamba1Config(), "2": Mamba2Config(state_size=64), "3": Mamba3Config(state_size=64)}
 EVERY_CHANNEL_IS_GLOBAL = 1e-300
-DIFFERENCE_OF_CHUNKS = {"M": 1e-2, "2": 1.5e-2, "3": 3e-2}
-"""Of logits, relative. Chunks round otherwise than the whole, which alone makes 0.0003, 0.0097 and 0.006 at most (an
-H200 and four seeds, for Mamba-3 a CPU and one), and puts a few steps on the other side of their threshold."""
 
 
 def build(pattern: str, implementation: str | None, compute_dtype: str):
@@ -42,6 +39,15 @@ def extended(model, tokens):
 
 def relative_error(actual, expected) -> float:
     return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
+
+
+def difference_of_chunks(model, tokens) -> float:
+    whole, _ = read(model, tokens)
+    state, parts = None, []
+    for chunk in jnp.split(tokens, [100, 400], axis=1):
+        logits, state = read(model, chunk, state)
+        parts.append(logits)
+    return relative_error(jnp.concatenate(parts, axis=1), whole)
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +77,10 @@ def test_in_bfloat16_too_nothing_changes_up_to_the_training_length(pattern, toke
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", KINDS)
 def test_in_bfloat16_too_chunks_equal_the_whole(pattern, tokens):
-    model = extended(build(pattern, None, "bfloat16"), tokens)
-    whole, _ = read(model, tokens)
-    state, parts = None, []
-    for chunk in jnp.split(tokens, [100, 400], axis=1):
-        logits, state = read(model, chunk, state)
-        parts.append(logits)
-    assert relative_error(jnp.concatenate(parts, axis=1), whole) < DIFFERENCE_OF_CHUNKS[pattern]
+    model = build(pattern, None, "bfloat16")
+    # Chunks round otherwise than the whole, of the model itself too, and that puts steps on the other side of their
+    # threshold: in Mamba-3 more than it makes by itself.
+    least = 3e-2 if pattern == "3" else 1e-2
+    assert difference_of_chunks(extended(model, tokens), tokens) < max(
+        least, 1.25 * difference_of_chunks(model, tokens)
+    )

@@ -1,4 +1,4 @@
-"""A small corpus, and an untrained model's checkpoint on it."""
+"""A small corpus, an untrained model's checkpoint on it, and the command that evaluates it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from mamba_jax.long_context.calibration import calibrate
 from mamba_jax.mixers.mamba1 import Mamba1Config
 from mamba_jax.models.language_model import LanguageModelConfig
-from train.checkpoint import Checkpointer
+from train import cli
+from train.checkpoint import Checkpointer, load_for_inference
 from train.config import DataConfig, Experiment, TrainConfig
 from train.data.prepare import prepare
 from train.data.tokenizer import ByteTokenizer
@@ -59,3 +61,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Checkpointer(folder / "run", experiment, tokenizer=tokenizer) as checkpointer:
         checkpointer.save(1, state, _Anywhere(), {"eval_loss": float(np.log(256))})
     return folder / "run"
+
+
+@pytest.fixture
+def run(capsys, checkpoint):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = cli.main(["evaluate", "--checkpoint", str(checkpoint), *map(str, arguments)])
+        except SystemExit as stop:
+            status = stop.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    trained = load_for_inference(checkpoint)
+    return trained.restore_model()[1]
+
+
+@pytest.fixture(scope="module")
+def calibration(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibration") / "calibration.npz"
+    sequences = np.random.default_rng(0).integers(97, 123, size=(2, TRAINING_LENGTH))
+    calibrate(model, sequences, source="other text").save(path)
+    return path
