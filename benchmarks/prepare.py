@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from benchmarks import peers
 from benchmarks.operators import DTYPE, Arrays, Operator
 from benchmarks.suites import Case
-from benchmarks.timing import MAX_CALLS, Program, compile_calls
+from benchmarks.timing import FEW_CALLS, MAX_CALLS, Program, compile_calls, whole_programs
 
 _MIN_ROTATED_BYTES = 256e6
 """Inputs of all sets together: several times the 60 MB of an H200's cache."""
@@ -84,8 +84,7 @@ def prepare(cases: tuple[Case, ...]) -> Problem:
     arrays = make.out_info
     set_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
     sets = max(2, math.ceil(_MIN_ROTATED_BYTES / set_bytes)) if jax.default_backend() == "gpu" else 2
-    if sets > MAX_CALLS:
-        sets = -(-sets // MAX_CALLS) * MAX_CALLS
+    sets = whole_programs(sets)
     gradient = None
     if cases[0].direction == "backward":
         dims = [operator.sizes(arrays)[dim] for dim in operator.output_dims]
@@ -94,7 +93,16 @@ def prepare(cases: tuple[Case, ...]) -> Problem:
     kept = _kept(operator, arrays)
     reference = _compile_reference(operator, arrays, dy, kept) if operator.has_reference else None
     own = [case.implementation for case in cases if not peers.is_peer(case.implementation)]
-    programs = {name: _compile(functools.partial(operator.call, implementation=name), arrays, dy, sets) for name in own}
+    programs = {
+        name: _compile(
+            functools.partial(operator.call, implementation=name),
+            arrays,
+            dy,
+            sets=sets,
+            calls=FEW_CALLS if name == "xla" else MAX_CALLS,
+        )
+        for name in own
+    }
     return Problem(cases, sets, make, gradient, kept, reference, programs)
 
 
@@ -131,14 +139,14 @@ def _try(compile: Callable[..., Any], *arguments: Any) -> Any:
         return error
 
 
-def _compile(forward: Callable[..., jax.Array], arrays: Any, dy: Any, sets: int) -> Programs | Exception:
+def _compile(forward: Callable[..., jax.Array], arrays: Any, dy: Any, **counts: int) -> Programs | Exception:
     """Compiles one implementation's programs for inputs, and the output's gradient or None, of these shapes."""
     if dy is None:
-        return _try(lambda: Programs(None, compile_calls(forward, (arrays,), sets=sets)))
+        return _try(lambda: Programs(None, compile_calls(forward, (arrays,), **counts)))
 
     def compile_backward() -> Programs:
         start = jax.jit(lambda arrays: jax.vjp(forward, arrays)[1]).lower(arrays).compile()
-        return Programs(start, compile_calls(_apply, (start.out_info, dy), sets=sets))
+        return Programs(start, compile_calls(_apply, (start.out_info, dy), **counts))
 
     return _try(compile_backward)
 

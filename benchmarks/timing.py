@@ -12,6 +12,7 @@ the host was the slower one, and a program that gives the device more to do at o
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -23,12 +24,14 @@ import jax
 from benchmarks import profiler
 
 Program = jax.stages.Compiled
-"""Takes a list of ``MAX_CALLS`` sets of arguments, or of fewer if that is all, and returns a list of results."""
+"""Takes a list of sets of arguments, and returns a list of results."""
 
 _TARGET_SECONDS = 0.02
 """Time that a sample should take longer for its longer queue."""
 MAX_CALLS = 16
 """Of one program: with hundreds, compiling would take longer than measuring."""
+FEW_CALLS = 4
+"""Of a program whose calls are as long as XLA's own forms of an operator: the host keeps up, and XLA compiles less."""
 _MAX_QUEUED_BYTES = 16e9
 """Outputs of queued programs all have their memory at the same time."""
 
@@ -47,18 +50,29 @@ class Timing:
     """Seconds of a call's kernels by the profiler, without the gaps between them; None where there is no GPU."""
 
 
-def compile_calls(function: Callable[..., Any], inputs: tuple[Any, ...], *, sets: int) -> Program:
+def whole_programs(sets: int) -> int:
+    """The least number of sets, no fewer than these, that programs of ``FEW_CALLS`` and ``MAX_CALLS`` can share."""
+    for calls in (FEW_CALLS, MAX_CALLS):
+        if sets > calls:
+            sets = -(-sets // calls) * calls
+    return sets
+
+
+def compile_calls(
+    function: Callable[..., Any], inputs: tuple[Any, ...], *, sets: int, calls: int = MAX_CALLS
+) -> Program:
     """Compiles a function for ``time_program``; needs no device memory for inputs.
 
     Args:
         function: takes arrays and Nones, returns a tree of arrays.
         inputs: arguments of one call, or their shapes and dtypes.
-        sets: how many such sets of arguments there will be. Of more than ``MAX_CALLS`` there must be a multiple.
+        sets: how many such sets of arguments there will be. Of more than ``calls`` there must be a multiple.
+        calls: most calls of the program.
     """
     # In a jit of its own it is traced and lowered once, however many the calls. XLA inlines it before all else.
     called = jax.jit(function)
     program = jax.jit(lambda group: [called(*inputs) for inputs in group])
-    return program.lower([inputs] * min(sets, MAX_CALLS)).compile()
+    return program.lower([inputs] * min(sets, calls)).compile()
 
 
 def time_program(program: Program, input_sets: Sequence[tuple[Any, ...]], *, samples: int) -> tuple[Timing, Any]:
@@ -73,7 +87,7 @@ def time_program(program: Program, input_sets: Sequence[tuple[Any, ...]], *, sam
     Returns:
         The timing, and what the timed program computed from the first set.
     """
-    groups = [input_sets[i : i + MAX_CALLS] for i in range(0, len(input_sets), MAX_CALLS)]
+    groups = [list(group) for group in itertools.batched(input_sets, len(program.out_info))]
 
     def run(count: int) -> float:
         began = time.perf_counter()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from benchmarks import timing
-from benchmarks.timing import compile_calls, time_calls, time_program
+from benchmarks.timing import compile_calls, time_calls, time_program, whole_programs
 
 
 def multiply(times: int, a: jax.Array) -> jax.Array:
@@ -31,8 +31,7 @@ def test_two_inputs_do_not_count_twice():
     assert 0.3 < four.median / one.median < 3
 
 
-def test_many_inputs_go_through_programs_of_a_few(monkeypatch):
-    monkeypatch.setattr(timing, "MAX_CALLS", 2)
+def test_many_inputs_go_through_programs_of_a_few():
     traced = []
 
     def call(a: jax.Array) -> jax.Array:
@@ -40,11 +39,18 @@ def test_many_inputs_go_through_programs_of_a_few(monkeypatch):
         return multiply(100, a)
 
     sets = [(jax.random.normal(jax.random.key(i), (64, 64)),) for i in range(6)]
-    six = time_calls(call, sets, samples=5)
-    two = time_calls(lambda a: multiply(100, a), sets[:2], samples=5)
+    program = compile_calls(call, sets[0], sets=6, calls=2)
     # Once for all calls of the program.
     assert len(traced) == 1
+    assert len(program.out_info) == 2
+    six, _ = time_program(program, sets, samples=5)
+    two = time_calls(lambda a: multiply(100, a), sets[:2], samples=5)
     assert 0.3 < six.median / two.median < 3
+
+
+@pytest.mark.parametrize(("sets", "shared"), [(2, 2), (4, 4), (5, 8), (16, 16), (17, 32), (20, 32), (41, 48)])
+def test_programs_of_few_and_of_many_calls_share_their_inputs(sets, shared):
+    assert whole_programs(sets) == shared
 
 
 def test_what_was_timed_returns_what_it_computed_of_the_first_inputs():
