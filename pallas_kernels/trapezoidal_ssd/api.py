@@ -231,14 +231,12 @@ def _canonical(operator, x, delta, A, B, C, lambda_, theta, z, parameters, segme
     cast_parameters = {
         name: _parameter(check, name, array, x) for name, array in zip(_PARAMETERS, parameters, strict=True)
     }
-    if initial_state is None:
-        sizes = dict(zip(_TOKEN, x.shape, strict=True)) | dict(zip(_MATRIX, B.shape, strict=True))
-        initial_state = State(*(jnp.zeros([sizes[dim] for dim in dims], x.dtype) for dims in _STATE.values()))
-    state = {}
-    for name, dims in _STATE.items():
-        part = getattr(initial_state, name)
-        check(f"initial_state.{name}", part, dims)
-        state[f"initial_{name}"] = part.astype(_real_dtype(x))
+    state: dict[str, jax.Array | None] = dict.fromkeys(f"initial_{name}" for name in _STATE)
+    if initial_state is not None:
+        for name, dims in _STATE.items():
+            part = getattr(initial_state, name)
+            check(f"initial_state.{name}", part, dims)
+            state[f"initial_{name}"] = part.astype(_real_dtype(x))
     return Inputs(x, delta, A, B, C, lambda_, theta, z, **cast_parameters, segment_ids=segment_ids, **state)
 
 

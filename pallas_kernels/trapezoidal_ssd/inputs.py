@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.sharding import vary_like
+
 
 class State(NamedTuple):
     """What is known of the tokens before, in float32 (float64 for float64 inputs).
@@ -50,15 +52,23 @@ class Inputs(NamedTuple):
     mimo_o: Float[Array, "heads rank head_dim"] | None
     norm_weight: Float[Array, "heads head_dim"] | None
     segment_ids: Int[Array, "batch length"] | None
-    initial_ssm: Float[Array, "batch heads head_dim state"]
-    """The parts of the state before the first token, which continues them whatever its segment id."""
-    initial_B: Float[Array, "batch heads rank state"]
-    initial_x: Float[Array, "batch heads head_dim"]
+    initial_ssm: Float[Array, "batch heads head_dim state"] | None
+    """The parts of the state before the first token, which continues them whatever its segment id: all or none."""
+    initial_B: Float[Array, "batch heads rank state"] | None
+    initial_x: Float[Array, "batch heads head_dim"] | None
 
     @property
     def real_dtype(self) -> jnp.dtype:
         """Of the state and of sums: float32, and float64 for float64 inputs."""
         return jnp.promote_types(self.x.dtype, jnp.float32)
+
+    def initial_state(self) -> State:
+        """Returns the state before the first token: zero where none is given."""
+        if self.initial_ssm is not None and self.initial_B is not None and self.initial_x is not None:
+            return State(self.initial_ssm, self.initial_B, self.initial_x)
+        (batch, _, heads, head_dim), (rank, state) = self.x.shape, self.B.shape[3:]
+        shapes = ((batch, heads, head_dim, state), (batch, heads, rank, state), (batch, heads, head_dim))
+        return State(*(vary_like(jnp.zeros(shape, self.real_dtype), self.x) for shape in shapes))
 
     def step_sizes(self, *, delta_softplus: bool) -> Float[Array, "batch length heads"]:
         """Returns delta after bias and softplus, in ``real_dtype``."""

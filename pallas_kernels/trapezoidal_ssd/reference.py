@@ -55,8 +55,7 @@ def trapezoidal_ssd(
         inputs.z,
         starts,
     )
-    state = State(inputs.initial_ssm, inputs.initial_B, inputs.initial_x)
-    state, y = jax.lax.scan(step, state, jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), tokens))
+    state, y = jax.lax.scan(step, inputs.initial_state(), jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), tokens))
     return jnp.moveaxis(y, 0, 1).astype(inputs.x.dtype), *state
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Complex, Float
 from pallas_kernels.sequence_parallel import state_before
 from pallas_kernels.sharding import Axis, continues_previous, from_last, from_previous
 from pallas_kernels.trapezoidal_ssd import ranks
-from pallas_kernels.trapezoidal_ssd.inputs import Inputs
+from pallas_kernels.trapezoidal_ssd.inputs import Inputs, State
 from pallas_kernels.trapezoidal_ssd.rotation import total_angle
 
 
@@ -30,22 +30,21 @@ def scan(
         axis: mesh axis, manual here, that the length is sharded over.
         delta_softplus: as for the operator.
     """
-    inputs = _with_token_before(inputs, axis)
-    own = _complex(
-        run(inputs._replace(D=None, z=None, norm_weight=None, initial_ssm=jnp.zeros_like(inputs.initial_ssm)))[1]
-    )
+    start = inputs.initial_state()
+    inputs = _with_token_before(inputs, start, axis)
+    own = _complex(run(inputs._replace(D=None, z=None, norm_weight=None, initial_ssm=jnp.zeros_like(start.ssm)))[1])
     delta = inputs.step_sizes(delta_softplus=delta_softplus)
     log_decay = jnp.sum(delta * inputs.A.astype(delta.dtype), axis=1)[..., None]
     angle = total_angle(delta[..., None] * inputs.theta.astype(delta.dtype)[:, :, None])
     angle = jnp.pad(angle, ((0, 0), (0, 0), (0, own.shape[-1] - angle.shape[-1])))
     decay = jnp.exp(log_decay - 1j * jnp.pi * angle)[:, :, None]
-    before = state_before(own, decay, axis, start=_complex(inputs.initial_ssm), segment_ids=inputs.segment_ids)
-    y, *state = run(inputs._replace(initial_ssm=_real(before, inputs.initial_ssm.shape[-1])))
+    before = state_before(own, decay, axis, start=_complex(start.ssm), segment_ids=inputs.segment_ids)
+    y, *state = run(inputs._replace(initial_ssm=_real(before, start.ssm.shape[-1])))
     return y, *(from_last(part, axis) for part in state)
 
 
-def _with_token_before(inputs: Inputs, axis: Axis) -> Inputs:
-    """Puts B and x of the token before this device's first one into the initial state."""
+def _with_token_before(inputs: Inputs, start: State, axis: Axis) -> Inputs:
+    """Puts B and x of the token before this device's first one into the initial state, given that of the sequence."""
     first = jax.lax.axis_index(axis) == 0
 
     def neighbour(own: jax.Array, initial: jax.Array) -> jax.Array:
@@ -57,7 +56,7 @@ def _with_token_before(inputs: Inputs, axis: Axis) -> Inputs:
 
     last_B = ranks.matrix_per_head(inputs.B[:, -1], inputs.B_bias, inputs)
     last_x = inputs.x[:, -1].astype(inputs.real_dtype)
-    return inputs._replace(initial_B=neighbour(last_B, inputs.initial_B), initial_x=neighbour(last_x, inputs.initial_x))
+    return inputs._replace(initial_B=neighbour(last_B, start.B), initial_x=neighbour(last_x, start.x))
 
 
 def _complex(state: Float[Array, "*batch state"]) -> Complex[Array, "*batch half"]:

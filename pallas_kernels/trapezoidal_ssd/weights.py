@@ -41,9 +41,10 @@ def state_before(
     inputs: Inputs, delta: Float[Array, "batch length heads"]
 ) -> Float[Array, "batch heads head_dim state"]:
     """Returns the state before the first token, with what that one adds for the token before it."""
+    before = inputs.initial_state()
     for_previous = (1 - inputs.lambda_[:, 0].astype(delta.dtype)) * delta[:, 0]
-    x = ranks.input_per_rank(inputs.initial_x, inputs) * for_previous[:, :, None, None]
-    return inputs.initial_ssm + jnp.einsum("bhrp,bhrn->bhpn", x, inputs.initial_B, precision=jax.lax.Precision.HIGHEST)
+    x = ranks.input_per_rank(before.x, inputs) * for_previous[:, :, None, None]
+    return before.ssm + jnp.einsum("bhrp,bhrn->bhpn", x, before.B, precision=jax.lax.Precision.HIGHEST)
 
 
 def last_token(inputs: Inputs) -> tuple[jax.Array, jax.Array]:

@@ -17,15 +17,24 @@ VALUES = ("y", "final_state")
 def values_and_gradients(
     run: Callable[..., tuple[jax.Array, ...]],
     inputs: Any,
-    cotangents: Sequence[jax.Array],
+    cotangents: Sequence[jax.Array | None],
     *,
     values: Sequence[str] = VALUES,
     **options: Any,
 ) -> dict[str, jax.Array]:
-    """All results of an operator by name: its values, and as "dNAME" the gradient of every floating-point input."""
+    """All results of an operator by name: its values, and as "dNAME" the gradient of every floating-point input.
+
+    Nothing depends on a result whose cotangent is None.
+    """
     arrays = {name: a for name, a in inputs._asdict().items() if a is not None and name != "segment_ids"}
-    results, vjp = jax.vjp(lambda a: run(inputs._replace(**a), **options), arrays)
-    (gradients,) = vjp(tuple(seed.astype(result.dtype) for seed, result in zip(cotangents, results, strict=True)))
+
+    def compute(arrays: dict[str, jax.Array]) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+        results = run(inputs._replace(**arrays), **options)
+        return [result for result, seed in zip(results, cotangents, strict=True) if seed is not None], results
+
+    used, vjp, results = jax.vjp(compute, arrays, has_aux=True)
+    seeds = [seed for seed in cotangents if seed is not None]
+    (gradients,) = vjp([seed.astype(result.dtype) for seed, result in zip(seeds, used, strict=True)])
     return dict(zip(values, results, strict=True)) | {f"d{name}": gradient for name, gradient in gradients.items()}
 
 

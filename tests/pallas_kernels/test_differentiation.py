@@ -26,7 +26,9 @@ def forward(arrays, *, save_states):
 
 
 def backward(arrays):
-    dy = arrays["dy"].astype(jnp.float32) + arrays["dfinal_state"][:, None]
+    dy = arrays["dy"].astype(jnp.float32)
+    if "dfinal_state" in arrays:
+        dy = dy + arrays["dfinal_state"][:, None]
     gradients = {"x": arrays.get("a", 1.0) * arrays["cosine"] * dy}
     if "a" in arrays:
         gradients["a"] = jnp.sum(jnp.sin(arrays["x"].astype(jnp.float32)) * dy, axis=1)
@@ -64,6 +66,33 @@ def assert_close(actual, expected):
 def test_gradients_are_those_of_the_definition(names):
     arrays = {name: array for name, array in make_arrays().items() if name in names}
     assert_close(value_and_gradient(operator, arrays), value_and_gradient(definition, arrays))
+
+
+@pytest.mark.parametrize("used", ["y", "final_state"])
+@pytest.mark.parametrize("batched", [False, True], ids=["once", "vmap"])
+def test_one_of_the_results_need_not_be_used(used, batched):
+    def gradient(run, arrays):
+        place = ("y", "final_state").index(used)
+        return jax.grad(lambda arrays: jnp.sum(run(arrays)[place] ** 2))(arrays)
+
+    arrays = make_arrays(count=2 if batched else None)
+    found, expected = (functools.partial(gradient, run) for run in (operator, definition))
+    if batched:
+        found, expected = jax.vmap(found), jax.vmap(expected)
+    assert_close(found(arrays), expected(arrays))
+
+
+def test_the_backward_pass_sees_no_zeros_in_the_place_of_a_final_state_that_is_not_used():
+    seen = []
+
+    def watched(arrays):
+        seen.append("dfinal_state" in arrays)
+        return backward(arrays)
+
+    watched_operator = with_backward_pass(forward, watched, parameters=("a",))
+    for results in (slice(1), slice(2)):
+        jax.grad(lambda arrays, results=results: sum(map(jnp.sum, watched_operator(arrays)[results])))(make_arrays())
+    assert seen == [False, True]
 
 
 def test_gradients_have_the_dtypes_of_their_arrays():

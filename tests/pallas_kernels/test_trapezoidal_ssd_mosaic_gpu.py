@@ -29,7 +29,7 @@ from tests.pallas_kernels.refusals import RefusalContract
 BENCHMARK_SHAPES = ((8, 2048, 80, 64, 128), (8, 2048, 24, 64, 128), (1, 131072, 24, 64, 128))
 OPTIONS = {"delta_softplus": True, "norm_epsilon": 1e-5, "chunk_size": None}
 PARAMETERS = ("D", "delta_bias", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o", "norm_weight")
-ALL = (*PARAMETERS, "z", "segment_ids")
+ALL = (*PARAMETERS, "z", "segment_ids", "initial_state")
 WITHOUT_NORM = tuple(name for name in ALL if name != "norm_weight")
 RESULTS = ("y", "ssm", "B", "x")
 
@@ -50,6 +50,11 @@ def make_inputs(
         "norm_weight": floats(heads, head_dim),
         "segment_ids": random.segment_ids(batch, length),
     }
+    initial_state = {
+        "initial_ssm": floats(batch, heads, head_dim, state),
+        "initial_B": floats(batch, heads, rank, state),
+        "initial_x": floats(batch, heads, head_dim),
+    }
     return Inputs(
         x=tokens(batch, length, heads, head_dim),
         delta=tokens(batch, length, heads),
@@ -59,16 +64,15 @@ def make_inputs(
         lambda_=random.uniform(batch, length, heads),
         theta=2 * floats(batch, length, pairs),
         **{name: array if name in optional else None for name, array in extra.items()},
-        initial_ssm=floats(batch, heads, head_dim, state),
-        initial_B=floats(batch, heads, rank, state),
-        initial_x=floats(batch, heads, head_dim),
+        **{name: array if "initial_state" in optional else None for name, array in initial_state.items()},
     )
 
 
 def cotangents(inputs):
+    """Of all results; without a state before nothing depends on the one after either, as in training."""
     random = RandomArrays(0, dtype=inputs.x.dtype)
-    state = (inputs.initial_ssm, inputs.initial_B, inputs.initial_x)
-    return random.tokens(*inputs.x.shape), *(random.floats(*part.shape) for part in state)
+    dy, *state = random.tokens(*inputs.x.shape), *(random.floats(*part.shape) for part in inputs.initial_state())
+    return (dy, *state) if inputs.initial_ssm is not None else (dy, None, *state[1:])
 
 
 def compute(run, **options):
@@ -110,9 +114,10 @@ def assert_right(inputs, *, interpret=True, **options):
         ((1, 100, 2, 64, 32), {}),
         ((1, 40, 2, 16, 9), {"rank": 3, "pairs": 4, "groups": 2}),
         ((1, 20, 2, 16, 9), {"rank": 2, "pairs": 4, "optional": ALL}),
-        ((2, 1, 6, 80, 16), {"optional": (), "pairs": 8}),
+        ((2, 1, 6, 80, 16), {"optional": ("initial_state",), "pairs": 8}),
+        ((1, 2, 1, 16, 8), {"optional": ()}),
     ],
-    ids=["all but a norm", "three ranks, two groups", "a norm", "one token, bare"],
+    ids=["all but a norm", "three ranks, two groups", "a norm", "one token", "bare"],
 )
 def test_interpreted_kernels_compute_the_recurrence_and_its_gradient(dims, options):
     assert_right(make_inputs(*dims, **options))
@@ -122,7 +127,7 @@ def test_interpreted_kernels_compute_the_recurrence_and_its_gradient(dims, optio
 def test_parts_of_a_long_sequence_join_to_the_whole(monkeypatch):
     choose = ssd_plan.choose
     monkeypatch.setattr(ssd_plan, "choose", lambda *sizes: dataclasses.replace(choose(*sizes), parts=3))
-    assert_right(make_inputs(1, 5 * 64, 1, 16, 8, optional=(), rate=1.0))
+    assert_right(make_inputs(1, 5 * 64, 1, 16, 8, optional=("initial_state",), rate=1.0))
 
 
 @pytest.mark.slow

@@ -42,8 +42,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
     Args:
         p: shapes and options.
-        inputs: as ``Problem`` describes them, with "states" that ``forward.scan`` saved, "dy" and "dfinal_state"; with
-            several parts also what ``parts.summarize`` returned for ``reverse``.
+        inputs: as ``Problem`` describes them, with "states" that ``forward.scan`` saved, "dy", perhaps "dfinal_state";
+            with several parts also what ``parts.summarize`` returned for ``reverse``.
 
     Returns:
         "dx", "ddelta", "dz", "dBC" and "dinitial_state" like their inputs. Sums over batch and parts to be finished
@@ -110,7 +110,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             return Carry(dh, dA, dD, ddelta_bias)
 
         zeros = tuple(blocks.fold_steps(g, blocks.zero_tokens(g)) for _ in g.token_tiles())
-        dh = blocks.load_state(g, gmem["dfinal_state"].at[block.batch, :, block.channels])
+        dh = blocks.given_state(g, gmem, "dfinal_state", block)
         later = p.num_parts - 1
         dh = blocks.carry_over_parts(p, gmem, block, A, dh, later - block.part, lambda i: later - i)
         carry = Carry(dh, blocks.zero_state(g), zeros, zeros)

@@ -359,11 +359,13 @@ def decay(step_size: jax.Array, A: jax.Array, keep: Any) -> jax.Array:
 
 def initial_state(p: Problem, gmem: Refs, block: Block, A: State) -> State:
     """State before the block's part: the given one, carried over the parts before."""
-    g = p.geometry
-    h = zero_state(g)
-    if "initial_state" in gmem:
-        h = load_state(g, gmem["initial_state"].at[block.batch, :, block.channels])
+    h = given_state(p.geometry, gmem, "initial_state", block)
     return carry_over_parts(p, gmem, block, A, h, block.part, lambda i: i)
+
+
+def given_state(g: Geometry, gmem: Refs, name: str, block: Block) -> State:
+    """The block's channels of a state that the call was given, or zero."""
+    return load_state(g, gmem[name].at[block.batch, :, block.channels]) if name in gmem else zero_state(g)
 
 
 def carry_over_parts(

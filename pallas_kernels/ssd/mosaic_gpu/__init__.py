@@ -78,7 +78,7 @@ def backward_pass(call: Call, arrays: Arrays) -> Arrays:
     """Returns gradients by the names of their arrays, that of D one an element of the batch."""
     inputs = call.prepared(arrays, "x", "dy", "B", "C", "D")
     walk = call.problem(call.plan.states)
-    start = call.starts(inputs, arrays["dfinal_state"], reverse=True)
+    start = call.starts(inputs, arrays.get("dfinal_state"), reverse=True)
     walked = states.scan(walk, inputs | start, reverse=True, save=True)
     inputs |= {"states": arrays["states"], "dstates": walked["states"]}
     results = backward.scan(walk, inputs, splits=call.plan.splits, stages=call.plan.stages)

@@ -57,8 +57,9 @@ def trapezoidal_ssd(
         "C": _fill(inputs.C, 3, rows),
         "step_size": delta,
         "theta": inputs.theta.astype(jnp.float32),
-        "initial_state": weights.state_before(inputs, delta),
     }
+    if inputs.initial_ssm is not None:
+        arrays["initial_state"] = weights.state_before(inputs, delta)
     for name in ("B_bias", "C_bias"):
         bias = getattr(inputs, name)
         if bias is not None:
@@ -112,7 +113,7 @@ def forward_pass(arrays: Arrays, *, save_states: bool) -> Arrays:
     made = _kernel_arrays(arrays)
     call = _call(made, arrays)
     inputs = _prepared(call, made, "x", "B", "C", "D")
-    inputs |= call.starts(inputs, made["initial_state"], reverse=False)
+    inputs |= call.starts(inputs, made.get("initial_state"), reverse=False)
     results = forward.scan(call.problem(call.plan.forward), inputs, save_states=save_states)
     end = results["end"][:, -1]
     turned_back = turning.turn_states(call.trim_state(end), _last_angles(call, made), back=True)
@@ -130,7 +131,9 @@ def backward_pass(arrays: Arrays) -> Arrays:
     made = _kernel_arrays(arrays)
     call = _call(made, arrays)
     inputs = _prepared(call, made | {"dy": arrays["dy"]}, "x", "dy", "B", "C", "D")
-    dfinal_state = turning.turn_states(turning.pad_halves(arrays["dfinal_state"]), _last_angles(call, made))
+    dfinal_state = arrays.get("dfinal_state")
+    if dfinal_state is not None:
+        dfinal_state = turning.turn_states(turning.pad_halves(dfinal_state), _last_angles(call, made))
     start = call.starts(inputs, dfinal_state, reverse=True)
     walk = call.problem(call.plan.states)
     walked = states.scan(walk, inputs | start, reverse=True, save=True)
@@ -141,9 +144,11 @@ def backward_pass(arrays: Arrays) -> Arrays:
     gradients = {
         "x": call.trim_tokens(results["dx"], arrays["x"]),
         **{name: call.trim_numbers(gradient) for name, gradient in numbers.items()},
-        "initial_state": turning.trim_halves(call.trim_state(walked["end"][:, 0]), arrays["B"].shape[-1]),
         **_angle_gradients(call, arrays, results),
     }
+    if "initial_state" in arrays:
+        end = call.trim_state(walked["end"][:, 0])
+        gradients["initial_state"] = turning.trim_halves(end, arrays["B"].shape[-1])
     if "D" in arrays:
         gradients["D"] = call.trim_channels(jnp.sum(results["dD"], axis=1).reshape(call.batch, -1))
     return gradients | _matrix_gradients(call, arrays, results["dmatrices"])
@@ -202,7 +207,9 @@ def _angle_factors(call: Call, arrays: Arrays) -> Arrays:
 def _kernel_arrays(arrays: Arrays) -> Arrays:
     """The arrays as ``Call`` takes them: with angles, the kernels' state, and rows in the place of ranks."""
     rank = arrays["B"].shape[3]
-    made = arrays | {"initial_state": turning.pad_halves(arrays["initial_state"])}
+    made = dict(arrays)
+    if "initial_state" in arrays:
+        made["initial_state"] = turning.pad_halves(arrays["initial_state"])
     if "angles" not in arrays:
         sums = angles.sums(arrays["step_size"], arrays["theta"], CHUNK // rank)
         made["angles"] = jnp.repeat(sums, rank, axis=3)
