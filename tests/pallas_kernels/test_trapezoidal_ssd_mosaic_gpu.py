@@ -14,7 +14,7 @@ from pallas_kernels.mosaic_gpu_compat import plgpu
 from pallas_kernels.ssd.mosaic_gpu import plan as ssd_plan
 from pallas_kernels.trapezoidal_ssd import mosaic_gpu, reference
 from pallas_kernels.trapezoidal_ssd.inputs import Inputs
-from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu import angles, plan
 from tests.pallas_kernels.kernel_results import (
     assert_vmap_is_a_loop,
     assert_within,
@@ -179,6 +179,14 @@ def lower_with_gradient(dims, rank=1, groups=1, pairs=None):
 @pytest.mark.parametrize("dims", BENCHMARK_SHAPES, ids=str)
 def test_benchmark_shapes_lower_for_cuda(dims):
     assert lower_with_gradient(dims).count("custom_call @mosaic_gpu") >= 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "chunks", "heads", "splits"),
+    [(8, 32, 80, 2), (8, 32, 24, 2), (1, 2048, 24, 1), (1, 32, 24, 4), (8, 32, 16, 1), (1, 4, 1, 1)],
+)
+def test_blocks_of_the_backward_kernel_are_many_unless_heads_are_few(batch, chunks, heads, splits):
+    assert plan.choose(batch, chunks, heads, 1, 128, 32).splits == splits
 
 
 @pytest.mark.parametrize(

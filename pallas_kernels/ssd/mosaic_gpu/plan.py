@@ -6,7 +6,7 @@ import dataclasses
 
 from pallas_kernels.ssd.mosaic_gpu.blocks import AHEAD, CHANNELS, CHUNK, TOKEN_ROWS
 
-_MULTIPROCESSORS = 132
+MULTIPROCESSORS = 132
 """Of an H100 or H200. Others are not far from it, and a plan for the wrong number is only somewhat slower."""
 _SHARED_MEMORY = 227 * 1024 - 2048
 """Bytes of a block, less what barriers and reductions may take."""
@@ -74,8 +74,8 @@ def _walk(units: int, members: int, state: int) -> tuple[int, int]:
         state: size of the state.
     """
     most = 3 if state <= 128 else 2
-    if units <= 2 * _MULTIPROCESSORS:
-        most = 1 if units <= _MULTIPROCESSORS else 2
+    if units <= 2 * MULTIPROCESSORS:
+        most = 1 if units <= MULTIPROCESSORS else 2
     for warpgroups in range(min(most, members), 0, -1):
         for stages in (3, 2):
             each = stages * (CHUNK * CHANNELS * 2 + TOKEN_ROWS * CHUNK * 4) + CHANNELS * state * 2
@@ -86,14 +86,18 @@ def _walk(units: int, members: int, state: int) -> tuple[int, int]:
 
 def _parts(blocks: int, chunks: int) -> int:
     """Parts of the length, where the blocks of the forward kernel are too few to fill the GPU."""
-    if 2 * blocks > _MULTIPROCESSORS:
+    if 2 * blocks > MULTIPROCESSORS:
         return 1
     # Fewer chunks than these are not worth the walk that finds out what each part begins with.
-    chunks_per_part = max(-(-chunks * blocks // _MULTIPROCESSORS), 4)
+    chunks_per_part = max(-(-chunks * blocks // MULTIPROCESSORS), 4)
     return -(-chunks // chunks_per_part)
 
 
 def _splits(blocks: int, members: int) -> int:
     """Splits of the heads, where the chunks are too few to fill the GPU."""
-    wanted = max(1, min(_MULTIPROCESSORS // blocks, members // 2))
-    return next(splits for splits in range(wanted, 0, -1) if members % splits == 0)
+    return divisor(members, at_most=min(MULTIPROCESSORS // blocks, members // 2))
+
+
+def divisor(number: int, *, at_most: int) -> int:
+    """The greatest divisor that is at most so large, or 1."""
+    return next((divisor for divisor in range(at_most, 0, -1) if number % divisor == 0), 1)

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ from pallas_kernels.trapezoidal_ssd.mosaic_gpu.head_by_head import STREAMED, STR
 
 _EVEN_SHARE = 128
 """Registers of a lane, where four warpgroups have the same."""
-_REGISTERS = {"inputs": 128, "attention": 152, "matrices": 208, "loads": 24}
+_REGISTERS = {"inputs": 120, "attention": 152, "matrices": 216, "loads": 24}
 """Of a lane of each warpgroup, by its work. What does not fit is spilled, and beside so much shared memory there is
 hardly a cache for it: 16 fewer for the second took 14 % longer."""
 # A warpgroup that wants more than the others have left waits for ever.
@@ -42,7 +41,7 @@ _SLOPES = slopes.names(own_weights=True)
 def shared_memory(state: int, pairs: int, token_rows: int) -> tuple[int, int]:
     """Bytes of a block: those that it needs once, and those of each stage."""
     square, matrix = CHUNK * CHUNK * 2, CHUNK * state * 2
-    numbers = (token_rows + 1) * CHUNK + CHANNELS + 3 * state
+    numbers = (token_rows + 1) * CHUNK + CHANNELS + 2 * state
     once = (4 + _GRADIENT_TILES) * square + 4 * matrix
     return once, 2 * square + 2 * matrix + numbers * 4 + CHUNK * pairs * 2
 
@@ -85,7 +84,6 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         "angles": plgpu.SMEM((stages, CHUNK, p.pairs), jnp.int16),
         "step_size": plgpu.SMEM((stages, CHUNK), jnp.float32),
         **{name: plgpu.SMEM((stages, inputs[name].shape[1]), jnp.float32) for name in parameters},
-        "partners": plgpu.SMEM((stages, p.state), jnp.float32),
         **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C", "turned_B", "turned_C")},
         "gradient": blocks.operand(_GRADIENT_TILES, CHUNK, STATE_UNIT, dtype=dtype),
         **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("attention", "weights", "passed", "from_row")},
@@ -96,7 +94,6 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         "used": plgpu.Barrier(num_arrivals=3),
         "made": plgpu.Barrier(),
         "sent": plgpu.Barrier(),
-        "swung": plgpu.Barrier(num_barriers=stages),
     }
 
     def backward(gmem: Refs, smem: Refs) -> None:
@@ -143,8 +140,6 @@ class _Block(HeadByHead):
             from_state = blocks.product((smem["turned_B"], blocks.transposed(refs["dstates"])))
             plgpu.barrier_arrive(smem["used"])
             # While the second warpgroup still makes the attention.
-            self.swing_states(refs)
-            plgpu.barrier_arrive(refs["swung"])
             across = blocks.product((refs["dstates"], blocks.transposed(refs["states"])))
             self.put_slope("across", head, _diagonal(across))
             if "dD" in gmem:
@@ -171,28 +166,6 @@ class _Block(HeadByHead):
 
         self.over_heads(work, turns="B")
         plgpu.wait_smem_to_gmem(0)
-
-    def swing_states(self, refs: Refs) -> None:
-        """Finds by how much the loss grows as what comes after the chunk is turned against the state before it.
-
-        Of dstates^T states two numbers a pair are wanted, those of its two components, which go to "partners".
-        """
-        state = self.p.state
-        row, column = blocks.coordinates((CHUNK, CHUNK))
-
-        def tile(name: str, i: int) -> Any:
-            return refs[name].at[:, pl.ds(i * CHUNK, CHUNK)]
-
-        for i in range(state // CHUNK):
-            numbers = []
-            # The components that are partners of the tile's are in a row, but may begin in the middle of a tile.
-            first = (i * CHUNK + state // 2) % state
-            for j in sorted({first // CHUNK, (first + CHUNK - 1) % state // CHUNK}):
-                of_tile = blocks.product((blocks.transposed(tile("dstates", i)), tile("states", j)))
-                ahead = (j - i) * CHUNK
-                is_partner = (column + ahead == row + state // 2) | (column + ahead == row - state // 2)
-                numbers.append(jnp.sum(jnp.where(is_partner, of_tile, 0.0), axis=1))
-            store(refs["partners"].at[pl.ds(i * CHUNK, CHUNK)], functools.reduce(operator.add, numbers))
 
     def attention(self) -> None:
         """Second warpgroup: C, the attention, weights, and what outputs say about the decays."""
@@ -257,6 +230,7 @@ class _Block(HeadByHead):
             # What goes through the state after the chunk, while the second warpgroup still makes the weights.
             to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
             dB = blocks.product((self.weighted(refs["x"], to_end), refs["dstates"]))
+            # What turns the state after the chunk: a row a token, and then, a row a channel, the state before.
             into_state = _swing(dB, blocks.load(B), pairs)
             plgpu.barrier_wait(smem["made"])
             dB = blocks.product((blocks.transposed(weights), C), plus=dB)
@@ -265,17 +239,12 @@ class _Block(HeadByHead):
             dC, _ = blocks.products(([(dy, refs["states"]), (weights, B)], None), meanwhile=lambda: put(0, dB))
             swings = swings + _swing(dC, blocks.load(C), pairs)
             plgpu.barrier_arrive(smem["used"])
+            of_states = _swing(blocks.load(refs["dstates"]), blocks.load(refs["states"]), pairs)
+            into_state = into_state + of_states * jnp.exp2(tokens[0, CHUNK - 1])
             theta = blocks.load(gmem["theta"].at[batch, chunk])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            dangles = self.from_here(swings, into_state, buffer)
+            dangles = self.from_here(swings, into_state, buffer) * math.pi
             put(1, dC)
-            plgpu.barrier_wait(refs["swung"])
-            first, second = (
-                blocks.load(refs["partners"].at[pl.ds(start, pairs)], blocks.COLUMNS)
-                for start in (0, self.p.state // 2)
-            )
-            before = blocks.by_column((first - second) * jnp.exp2(tokens[0, CHUNK - 1]), CHUNK)
-            dangles = (dangles + before) * math.pi
             store(gmem["dstep_size"].at[batch, head, chunk], jnp.sum(dangles * theta, axis=1))
             return dtheta + dangles * blocks.by_row(blocks.load(refs["step_size"], blocks.ROWS), pairs)
 
@@ -289,13 +258,13 @@ class _Block(HeadByHead):
         return (blocks.load(signal) * blocks.by_row(weight, CHANNELS)).astype(signal.dtype)
 
     def from_here(self, swings: jax.Array, into_state: jax.Array, buffer: Any) -> jax.Array:
-        """Sums from each token to the chunk's end, less what all tokens turn of the state after the chunk.
+        """Sums from each token to the chunk's end, less the sum of all that turns the state after the chunk.
 
         By matrix products, of terms split into 16 bits and what follows them.
 
         Args:
             swings: by how much the loss grows as a token's B and C are turned on.
-            into_state: the part of it that goes through the state after the chunk.
+            into_state: terms of how much it grows as the state after the chunk is turned on.
             buffer: shared memory for two square matrices.
         """
         pieces, half = [], CHUNK // 2

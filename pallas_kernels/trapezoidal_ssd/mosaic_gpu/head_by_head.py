@@ -110,7 +110,7 @@ class HeadByHead:
         def step(i: Any, carry: Any) -> Any:
             slot, head = lax.rem(i, self.places), self.head(i)
             plgpu.barrier_wait(self.smem["full"].at[slot])
-            refs = {name: self.smem[name].at[slot] for name in (*self.streamed, "partners", "swung")}
+            refs = {name: self.smem[name].at[slot] for name in self.streamed}
             if turns is not None:
 
                 @pl.when(i > 0)

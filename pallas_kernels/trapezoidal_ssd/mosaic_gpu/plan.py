@@ -13,6 +13,11 @@ from pallas_kernels.trapezoidal_ssd.mosaic_gpu import backward
 _SHARED_MEMORY = MAX_SHARED_MEMORY - 2048
 """Bytes of a block, less what barriers and reductions may take."""
 
+_BLOCKS = 4 * ssd_plan.MULTIPROCESSORS
+"""Of the backward kernel: with two a multiprocessor it takes 5 to 6 % longer."""
+_LEAST_HEADS = 12
+"""Of such a block: each begins with nothing in shared memory."""
+
 MAX_STATE = 192
 """Of one more, the backward kernel's matrices would not fit into shared memory."""
 
@@ -33,4 +38,10 @@ def choose(batch: int, chunks: int, heads: int, groups: int, state: int, pairs: 
     # With two chunks in shared memory two blocks share a multiprocessor, of a state of 128.
     walk = (1, 2)
     chosen = ssd_plan.choose(batch, chunks, heads, groups, state)
-    return dataclasses.replace(chosen, forward=walk, states=walk, stages=stages)
+    splits = max(chosen.splits, _splits(batch * chunks * groups, heads // groups))
+    return dataclasses.replace(chosen, forward=walk, states=walk, stages=stages, splits=splits)
+
+
+def _splits(blocks: int, members: int) -> int:
+    """Pieces of a group's heads in the backward kernel: alike as blocks are, some take longer, which many even out."""
+    return ssd_plan.divisor(members, at_most=min(_BLOCKS // blocks, members // _LEAST_HEADS))

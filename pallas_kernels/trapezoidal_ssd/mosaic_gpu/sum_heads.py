@@ -31,8 +31,8 @@ _STAGES = 4
 
 def sums(
     by_head: BFloat16[Array, "batch chunks heads tiles 64 64"], groups: int
-) -> tuple[Float[Array, "batch length columns_of_groups"], Float[Array, "batch chunks columns_of_heads"]]:
-    """Returns the sums over the heads of each group, and over the tokens of each chunk.
+) -> tuple[BFloat16[Array, "batch length columns_of_groups"], Float[Array, "batch chunks columns_of_heads"]]:
+    """Returns the sums over the heads of each group, rounded once, and over the tokens of each chunk.
 
     Args:
         by_head: of all heads, one after the other, those of a group in a row; tiles of 64 columns.
@@ -42,7 +42,7 @@ def sums(
     members, state = all_heads // groups, tiles * STATE_UNIT
     stages = min(_STAGES, members)
     outputs = {
-        "of_groups": jax.ShapeDtypeStruct((batch, chunks * CHUNK, groups * state), jnp.float32),
+        "of_groups": jax.ShapeDtypeStruct((batch, chunks * CHUNK, groups * state), by_head.dtype),
         "of_chunks": jax.ShapeDtypeStruct((batch, chunks, all_heads * state), jnp.float32),
     }
     scratch = {
@@ -76,7 +76,7 @@ def sums(
             load(i, i)
         zeros = plgpu.layout_cast(jnp.zeros((CHUNK, STATE_UNIT), jnp.float32), _TILE)
         total = lax.fori_loop(0, members, step, zeros)
-        store(gmem["of_groups"].at[batch, blocks.chunk_rows(chunk), columns(group)], total)
+        store(gmem["of_groups"].at[batch, blocks.chunk_rows(chunk), columns(group)], total.astype(by_head.dtype))
 
     grid = {"batch": batch, "chunk": chunks, "place": groups * tiles}
     results = launch("trapezoidal_ssd", sum_heads, {"by_head": by_head}, outputs, scratch, grid)
