@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,12 @@ from train.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from benchmarks.records import Records
-    from benchmarks.suites import Case
+    from benchmarks.suites import Call, Case
 
 _SEED = 0
 """Of the inputs: every run measures the same ones."""
+_LEAST_BATCH = 4
+"""Problems compiled at once: their programs compile on several cores, too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +101,10 @@ def _benchmark(names: list[str], options: argparse.Namespace, *, on_gpu: bool) -
     # In the order of SUITES, and a call that two of them have only in the first.
     wanted = list(cases(sizes, names, [suite for suite in SUITES if suite in options.suites], on_gpu=on_gpu))
     records = Records(path, made_under, every_case, wanted, overwrite=options.overwrite)
-    planned = list({case.call: case for case in reversed(wanted)}.values())[::-1]
+    first: dict[Call, Case] = {}
+    for case in wanted:
+        first.setdefault(case.call, case)
+    planned = list(first.values())
     left = [case for case in planned if not records.has(case)]
     if len(left) < len(planned):
         print(f"{path} has {len(planned) - len(left)} of {len(planned)} cases; --overwrite measures them again")
@@ -130,16 +136,15 @@ def _measure(cases: Sequence[Case], records: Records, *, samples: int, deadline:
     """Measures cases, a suite's after the other's, and prints rows; returns how many the deadline left undone."""
     from benchmarks import report
     from benchmarks.measure import Failure, fail, measure
-    from benchmarks.prepare import prepare_all, problems
+    from benchmarks.prepare import prepare_all
     from benchmarks.progress import Progress
 
     assert records.limits is not None
     progress = Progress(len(cases))
     unmeasured = len(cases)
-    for suite, of_suite in itertools.groupby(cases, lambda case: case.suite):
+    for suite, groups in _batches(cases):
         if time.monotonic() > deadline:
             break
-        groups = problems(list(of_suite))
         count = sum(len(group) for group in groups)
         print(f"\n{suite}: compiling the programs of {count} cases", flush=True)
         began = time.monotonic()
@@ -164,3 +169,15 @@ def _measure(cases: Sequence[Case], records: Records, *, samples: int, deadline:
                 unmeasured -= 1
                 print(f"{result if isinstance(result, Failure) else report.row(result)}  {progress}", flush=True)
     return unmeasured
+
+
+def _batches(cases: Sequence[Case]) -> Iterator[tuple[str, tuple[tuple[Case, ...], ...]]]:
+    """Names of suites, with problems of theirs that are compiled side by side.
+
+    They are about as many as there are cores: compiling more at once takes longer, and is lost if time ends before.
+    """
+    from benchmarks.prepare import problems
+
+    for suite, of_suite in itertools.groupby(cases, lambda case: case.suite):
+        for batch in itertools.batched(problems(list(of_suite)), max(_LEAST_BATCH, os.cpu_count() or 1)):
+            yield suite, batch

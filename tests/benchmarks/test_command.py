@@ -131,6 +131,12 @@ class TestPieces:
         assert report["measurements"][0]["timing"] == length["measurements"][0]["timing"]
         assert (output / "causal_conv1d_by_length.png").exists()
 
+    def test_shapes_come_first_whatever_shares_them(self, output, monkeypatch, capsys):
+        monkeypatch.setattr(suites, "QUICK", dataclasses.replace(suites.QUICK, tokens=((1, 16, 32),)))
+        self.run(output, "--suites", "length", "shapes")
+        started = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "compiling" in line]
+        assert started == ["shapes", "length"]
+
     def test_out_of_time_is_said(self, output, capsys):
         report = self.run(output, "--suites", "shapes", "--seconds", "0")
         printed = capsys.readouterr().out
@@ -174,6 +180,16 @@ class TestPieces:
         with pytest.raises(UserError, match=r"benchmark.json is not of a benchmark. Give another --output"):
             self.run(output)
         assert (output / "benchmark.json").read_text() == content
+
+
+def test_no_more_is_compiled_before_it_is_measured_than_cores_can_do_at_once(monkeypatch):
+    monkeypatch.setattr("benchmarks.command.os.cpu_count", lambda: 5)
+    cases = list(suites.cases(suites.FULL, ["causal_conv1d"], ["shapes", "length"], on_gpu=True))
+    batches = list(command._batches(cases))
+    assert [case for _, batch in batches for problem in batch for case in problem] == cases
+    assert all(case.suite == suite for suite, batch in batches for problem in batch for case in problem)
+    # Four shapes and nine lengths, forward and backward.
+    assert [len(batch) for _, batch in batches] == [5, 3, 5, 5, 5, 3]
 
 
 @pytest.mark.parametrize(
