@@ -230,7 +230,6 @@ class _Block(HeadByHead):
             # What goes through the state after the chunk, while the second warpgroup still makes the weights.
             to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
             dB = blocks.product((self.weighted(refs["x"], to_end), refs["dstates"]))
-            # What turns the state after the chunk: a row a token, and then, a row a channel, the state before.
             into_state = _swing(dB, blocks.load(B), pairs)
             plgpu.barrier_wait(smem["made"])
             dB = blocks.product((blocks.transposed(weights), C), plus=dB)
@@ -239,6 +238,7 @@ class _Block(HeadByHead):
             dC, _ = blocks.products(([(dy, refs["states"]), (weights, B)], None), meanwhile=lambda: put(0, dB))
             swings = swings + _swing(dC, blocks.load(C), pairs)
             plgpu.barrier_arrive(smem["used"])
+            # So far a row a token; the state before the chunk turns as well, and adds what it does a row a channel.
             of_states = _swing(blocks.load(refs["dstates"]), blocks.load(refs["states"]), pairs)
             into_state = into_state + of_states * jnp.exp2(tokens[0, CHUNK - 1])
             theta = blocks.load(gmem["theta"].at[batch, chunk])
