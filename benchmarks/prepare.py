@@ -93,16 +93,7 @@ def prepare(cases: tuple[Case, ...]) -> Problem:
     kept = _kept(operator, arrays)
     reference = _compile_reference(operator, arrays, dy, kept) if operator.has_reference else None
     own = [case.implementation for case in cases if not peers.is_peer(case.implementation)]
-    programs = {
-        name: _compile(
-            functools.partial(operator.call, implementation=name),
-            arrays,
-            dy,
-            sets=sets,
-            calls=FEW_CALLS if name == "xla" else MAX_CALLS,
-        )
-        for name in own
-    }
+    programs = {name: _compile(name, operator, arrays, dy, sets) for name in own}
     return Problem(cases, sets, make, gradient, kept, reference, programs)
 
 
@@ -139,8 +130,10 @@ def _try(compile: Callable[..., Any], *arguments: Any) -> Any:
         return error
 
 
-def _compile(forward: Callable[..., jax.Array], arrays: Any, dy: Any, **counts: int) -> Programs | Exception:
-    """Compiles one implementation's programs for inputs, and the output's gradient or None, of these shapes."""
+def _compile(implementation: str, operator: Operator, arrays: Any, dy: Any, sets: int) -> Programs | Exception:
+    """Compiles an implementation's programs for inputs, and the output's gradient or None, of these shapes."""
+    forward = functools.partial(operator.call, implementation=implementation)
+    counts = {"sets": sets, "calls": FEW_CALLS if implementation == "xla" else MAX_CALLS}
     if dy is None:
         return _try(lambda: Programs(None, compile_calls(forward, (arrays,), **counts)))
 

@@ -48,7 +48,7 @@ def with_backward_pass(
     def operator_backward(residuals: tuple[Arrays, Arrays], cotangents: tuple[Any, Any]) -> tuple[Arrays]:
         arrays, saved = residuals
         dy, dfinal_state = cotangents
-        given = {"dy": vary_like(_as_array(dy), next(iter(arrays.values())))}
+        given = {"dy": _as_array(dy, like=next(iter(arrays.values())))}
         if not isinstance(dfinal_state, SymbolicZero):
             given["dfinal_state"] = dfinal_state
         gradients = run_backward(arrays | saved | given)
@@ -62,9 +62,9 @@ def with_backward_pass(
     return operator
 
 
-def _as_array(cotangent: Any) -> jax.Array:
-    """Makes zeros of a cotangent on which nothing depends."""
+def _as_array(cotangent: Any, *, like: jax.Array) -> jax.Array:
+    """Makes zeros of the cotangent of what nothing depends on, which vary over a mesh's axes as an input does."""
     if isinstance(cotangent, SymbolicZero):
-        aval: Any = cast(Any, cotangent).aval
-        return jnp.zeros(aval.shape, aval.dtype)
+        aval = cast(Any, cotangent).aval
+        return vary_like(jnp.zeros(aval.shape, aval.dtype), like)
     return cotangent

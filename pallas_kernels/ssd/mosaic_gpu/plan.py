@@ -100,4 +100,4 @@ def _splits(blocks: int, members: int) -> int:
 
 def divisor(number: int, *, at_most: int) -> int:
     """The greatest divisor that is at most so large, or 1."""
-    return next((divisor for divisor in range(at_most, 0, -1) if number % divisor == 0), 1)
+    return next((found for found in range(at_most, 0, -1) if number % found == 0), 1)
