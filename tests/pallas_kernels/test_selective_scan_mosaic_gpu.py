@@ -95,11 +95,12 @@ def assert_right(inputs, delta_softplus=True, interpret=True):
     ("dims", "options"),
     [
         ((2, 19, 40, 16), {}),
-        ((1, 16, 6, 3), {"groups": 2, "optional": ()}),
+        ((1, 16, 6, 3), {"groups": 2, "optional": ("initial_state",)}),
+        ((1, 16, 6, 3), {"optional": ()}),
         ((1, 1, 8, 1), {"optional": ("initial_state", "delta_bias")}),
         ((1, 18, 16, 64), {"dtype": "bfloat16"}),
     ],
-    ids=["all features", "bare, two groups", "one token", "bfloat16, wide state"],
+    ids=["all features", "two groups", "bare", "one token", "bfloat16, wide state"],
 )
 def test_interpreted_kernels_compute_the_definition_and_its_gradient(dims, options):
     assert_right(make_inputs(*dims, **options))

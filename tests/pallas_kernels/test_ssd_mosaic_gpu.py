@@ -52,11 +52,12 @@ def use_plan(monkeypatch):
     ("dims", "options"),
     [
         ((1, 70, 2, 64, 64), {}),
-        ((1, 20, 4, 32, 16), {"groups": 2, "optional": ("D",)}),
+        ((1, 20, 4, 32, 16), {"groups": 2, "optional": ("D", "initial_state")}),
+        ((1, 20, 1, 16, 16), {"optional": ()}),
         ((2, 1, 8, 16, 16), {"optional": ("initial_state", "delta_bias")}),
         ((1, 64, 1, 80, 130), {"optional": ("initial_state",), "rates": (-6, -4)}),
     ],
-    ids=["all features", "two groups", "one token", "wide"],
+    ids=["all features", "two groups", "bare", "one token", "wide"],
 )
 def test_interpreted_kernels_compute_the_definition_and_its_gradient(dims, options):
     assert_right(make_inputs(*dims, **options))
@@ -217,11 +218,12 @@ def test_any_size_on_a_gpu(head_dim, state):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("state", [(), ("initial_state",)], ids=["as in training", "with states"])
 @pytest.mark.parametrize(
     ("batch", "length", "heads"), [(4, 192, 80), (8, 192, 24), (1, 4096, 24), (3, 300, 7), (2, 1000, 1)]
 )
-def test_every_plan_on_a_gpu(batch, length, heads):
-    assert_right(make_inputs(batch, length, heads, 64, 128, optional=("D", "delta_bias")), interpret=False)
+def test_every_plan_on_a_gpu(batch, length, heads, state):
+    assert_right(make_inputs(batch, length, heads, 64, 128, optional=("D", "delta_bias", *state)), interpret=False)
 
 
 @pytest.mark.gpu

@@ -235,9 +235,10 @@ def test_any_size_on_a_gpu(head_dim, state):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("state", [(), ("initial_state",)], ids=["as in training", "with states"])
 @pytest.mark.parametrize(("batch", "length", "heads"), [(4, 192, 80), (8, 192, 24), (1, 4096, 24), (3, 300, 7)])
-def test_every_plan_on_a_gpu(batch, length, heads):
-    optional = ("D", "delta_bias", "B_bias", "C_bias")
+def test_every_plan_on_a_gpu(batch, length, heads, state):
+    optional = ("D", "delta_bias", "B_bias", "C_bias", *state)
     assert_right(make_inputs(batch, length, heads, 64, 128, optional=optional), interpret=False)
 
 
