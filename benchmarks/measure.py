@@ -48,8 +48,8 @@ class Measurement(Result):
     bytes_per_second: float
     flops_per_second: float
     exponentials_per_second: float
-    limit_seconds: float | None
-    """Least time by what is counted; None where another unit than the counted ones does the work."""
+    limit_seconds: float
+    """Least time by what is counted."""
     errors: dict[str, float]
     """By output: distance from the float64 reference over its norm, or, for the gradient of delta_bias, over that of
     the gradient of delta, which it sums; empty where there is no reference."""
@@ -156,7 +156,7 @@ def _judge(case: Case, timing: Timing, limits: Limits, errors: dict[str, float])
         costs.bytes / timing.median,
         costs.flops / timing.median,
         costs.exponentials / timing.median,
-        limits.seconds(costs) if case.operator.has_reference else None,
+        limits.seconds(costs),
         errors,
     )
 

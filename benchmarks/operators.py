@@ -33,6 +33,8 @@ class Costs:
     """Every input read once, every output written once."""
     flops: int
     exponentials: int
+    products: int | None = None
+    """Operations that matrix units can do, where they can do most of the work; those that are left are then few."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +128,12 @@ def _ssd_costs(shape: Shape, direction: Direction) -> Costs:
     sizes = [shape[dim] for dim in ("batch", "length", "heads", "head_dim", "state")]
     count, options = ssd_flops, {"groups": shape["groups"], "itemsize": DTYPE.itemsize}
     if direction == "forward":
-        moved, flops = count.forward_bytes(*sizes, **options), count.forward(*sizes)
+        moved = count.forward_bytes(*sizes, **options)
+        flops, products = count.forward(*sizes), count.forward_products(*sizes)
     else:
-        moved, flops = count.backward_bytes(*sizes, **options), count.backward(*sizes)
-    return Costs(moved, flops, count.exponentials(*sizes[:3]))
+        moved = count.backward_bytes(*sizes, **options)
+        flops, products = count.backward(*sizes), count.backward_products(*sizes)
+    return Costs(moved, flops, count.exponentials(*sizes[:3]), products)
 
 
 def _make_trapezoidal_ssd(key: jax.Array, shape: Shape) -> Arrays:
@@ -161,13 +165,16 @@ def _call_trapezoidal_ssd(arrays: Arrays, **options: Any) -> Any:
 
 def _trapezoidal_ssd_costs(shape: Shape, direction: Direction) -> Costs:
     sizes = [shape[dim] for dim in ("batch", "length", "heads", "head_dim", "state")]
-    count, ranks = trapezoidal_ssd_flops, {"pairs": shape["pairs"], "rank": shape["rank"]}
-    options = {**ranks, "groups": shape["groups"], "itemsize": DTYPE.itemsize}
+    count, rank = trapezoidal_ssd_flops, shape["rank"]
+    options = {"pairs": shape["pairs"], "rank": rank, "gated": False}
+    of_bytes = {**options, "groups": shape["groups"], "itemsize": DTYPE.itemsize}
     if direction == "forward":
-        moved, flops = count.forward_bytes(*sizes, **options), count.forward(*sizes, **ranks)
+        moved = count.forward_bytes(*sizes, **of_bytes)
+        flops, products = count.forward(*sizes, **options), count.forward_products(*sizes, rank=rank)
     else:
-        moved, flops = count.backward_bytes(*sizes, **options), count.backward(*sizes, **ranks)
-    return Costs(moved, flops, count.exponentials(*sizes[:4], **ranks))
+        moved = count.backward_bytes(*sizes, **of_bytes)
+        flops, products = count.backward(*sizes, **options), count.backward_products(*sizes, rank=rank)
+    return Costs(moved, flops, count.exponentials(*sizes[:4], **options), products)
 
 
 def _make_causal_conv1d(key: jax.Array, shape: Shape) -> Arrays:
@@ -210,7 +217,8 @@ def _attention_costs(shape: Shape, direction: Direction) -> Costs:
     # Two matrix products over the lower triangle; backward these again and four more, less what forward has stored.
     products, arrays = (2, 4) if direction == "forward" else (5, 8)
     pairs = batch * heads * length * (length + 1) // 2
-    return Costs(arrays * batch * length * heads * head_dim * DTYPE.itemsize, products * 2 * pairs * head_dim, pairs)
+    flops = products * 2 * pairs * head_dim
+    return Costs(arrays * batch * length * heads * head_dim * DTYPE.itemsize, flops, pairs, flops)
 
 
 _TOKEN = ("batch", "length", "channels")

@@ -21,14 +21,14 @@ def row(measurement: Measurement) -> str:
     """A line of the table: ± is half the distance of the quartiles, kernels are in ms too, the error is the worst."""
     m = measurement
     shape = " ".join(f"{dim[0] if dim != 'head_dim' else 'd'}{size}" for dim, size in m.shape.items())
-    limit = "–" if m.limit_seconds is None else f"{100 * m.limit_seconds / m.seconds:.0f}"
     error = f"{max(m.errors.values()):.1e}" if m.errors else "–"
     kernels = "–" if m.timing.kernels is None else f"{1e3 * m.timing.kernels:.4f}"
     spread = (m.timing.upper - m.timing.lower) / 2
+    wrong = "" if m.is_right else "  WRONG"
     return (
         f"{m.operator:15} {m.direction:9} {m.implementation:12} {shape:34} {1e3 * m.seconds:9.4f} "
         f"{1e3 * spread:6.4f} {kernels:>9} {m.bytes_per_second / 1e9:7.0f} {m.flops_per_second / 1e9:8.0f} "
-        f"{m.exponentials_per_second / 1e9:7.0f} {limit:>8} {error:>8}{'' if m.is_right else '  WRONG'}"
+        f"{m.exponentials_per_second / 1e9:7.0f} {100 * m.limit_seconds / m.seconds:8.0f} {error:>8}{wrong}"
     )
 
 

@@ -33,6 +33,7 @@ SHAPES = {
     "large": (8, 2048, 80, 64, 1, 128),
     "medium": (8, 2048, 24, 64, 1, 128),
     "long": (1, 131072, 24, 64, 1, 128),
+    "wide": (8, 2048, 24, 64, 1, 256),
 }
 OPTIONS = {"delta_softplus": True, "delta_limit": (0.0, math.inf), "chunk_size": None}
 

@@ -23,6 +23,18 @@ def backward(batch: int, length: int, heads: int, head_dim: int, state: int) -> 
     return batch * length * heads * (head_dim * (14 * state + 8) + 12)
 
 
+def forward_products(batch: int, length: int, heads: int, head_dim: int, state: int) -> int:
+    """Operations of a forward pass that matrix units can do, and that every form does which carries a state."""
+    # (delta x) B into the state, C h out of it.
+    return batch * length * heads * head_dim * state * 2 * 2
+
+
+def backward_products(batch: int, length: int, heads: int, head_dim: int, state: int) -> int:
+    """Operations of a backward pass that matrix units can do, see ``forward_products``."""
+    # h and the adjoint state, and of these dB, dC and d(delta x); the decays' gradients are sums of the same terms.
+    return batch * length * heads * head_dim * state * 2 * 5
+
+
 def exponentials(batch: int, length: int, heads: int) -> int:
     """Exponentials of a forward pass, and as many of a backward pass: the decay's and two in the softplus."""
     return batch * length * heads * 3

@@ -127,7 +127,10 @@ def test_rates_are_costs_over_time():
 
 
 def test_the_scarcest_resource_is_the_limit():
-    limits = Limits("a device", bytes=10.0, flops=100.0, exponentials=1.0)
+    limits = Limits("a device", bytes=10.0, flops=100.0, exponentials=1.0, products=1000.0)
     assert limits.seconds(Costs(bytes=20, flops=100, exponentials=1)) == 2
     assert limits.seconds(Costs(bytes=20, flops=300, exponentials=1)) == 3
     assert limits.seconds(Costs(bytes=20, flops=300, exponentials=4)) == 4
+    assert limits.seconds(Costs(bytes=20, flops=30000, exponentials=1, products=2000)) == 2
+    assert limits.seconds(Costs(bytes=20, flops=30000, exponentials=1, products=3000)) == 3
+    assert Limits("another device", bytes=10.0).seconds(Costs(bytes=20, flops=300, exponentials=4)) == 2

@@ -17,6 +17,7 @@ from pallas_kernels.ssd.mosaic_gpu import blocks
 from tests.pallas_kernels.fences import unfenced
 
 SSD_SHAPE = {"batch": 2, "length": 300, "heads": 6, "head_dim": 64, "groups": 1, "state": 128}
+SSD_KERNELS = {f"ssd_{name}" for name in ("pack_tokens", "forward", "states", "backward", "token_gradients")}
 CASES = {
     "selective_scan": (
         {"batch": 2, "length": 300, "channels": 300, "state": 16},
@@ -26,12 +27,14 @@ CASES = {
         {"batch": 2, "length": 300, "channels": 300, "width": 4},
         {"causal_conv1d_forward", "causal_conv1d_backward"},
     ),
-    "ssd": (SSD_SHAPE, {"ssd_pack_tokens", "ssd_forward", "ssd_states", "ssd_backward"}),
+    "ssd": (SSD_SHAPE, SSD_KERNELS),
+    "ssd of a large state": (SSD_SHAPE | {"state": 256}, SSD_KERNELS | {"ssd_matrix_gradient"}),
     "trapezoidal_ssd": (
         SSD_SHAPE | {"rank": 1, "pairs": 32},
         {
             "ssd_pack_tokens",
             "ssd_states",
+            "ssd_token_gradients",
             *(f"trapezoidal_ssd_{name}" for name in ("angles", "forward", "backward", "sum_heads")),
         },
     ),
@@ -50,10 +53,11 @@ def any_hardware(monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_fence_every_exchange(name):
     shape, kernels = CASES[name]
-    arrays = jax.eval_shape(lambda: OPERATORS[name].make(jax.random.key(0), shape))
+    operator = OPERATORS[name.split()[0]]
+    arrays = jax.eval_shape(lambda: operator.make(jax.random.key(0), shape))
 
     def loss(arrays):
-        return jnp.sum(OPERATORS[name].call(arrays, implementation="mosaic_gpu").astype(float))
+        return jnp.sum(operator.call(arrays, implementation="mosaic_gpu").astype(float))
 
     # Without a gradient the kernels save nothing, and have fewer fences.
     read, found = unfenced(lambda arrays: (loss(arrays), jax.grad(loss)(arrays)), arrays)

@@ -19,7 +19,7 @@ BATCH, CHANNELS = 2, 64
 def counted(function, *shapes):
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     analysis = jax.jit(function).lower(*arrays).compile().cost_analysis()
-    return analysis["flops"], analysis["transcendentals"]
+    return analysis["flops"], analysis.get("transcendentals", 0)
 
 
 @pytest.mark.parametrize("state", [16, 64])
@@ -58,53 +58,74 @@ def test_ssd(state):
     assert ssd_flops.exponentials(BATCH, 1, heads) == exponentials
 
 
+def test_products_of_ssd():
+    length, heads, head_dim, state = 32, 3, 8, 16
+
+    def through_a_state(x, B, C):
+        return jnp.einsum("tn,hpn->thp", C, jnp.einsum("thp,tn->hpn", x, B))
+
+    def gradients(x, B, C, dy):
+        return jax.vjp(through_a_state, x, B, C)[1](dy)
+
+    sizes = length, heads, head_dim, state
+    of_heads, matrix = (length, heads, head_dim), (length, state)
+    assert ssd_flops.forward_products(1, *sizes) == counted(through_a_state, of_heads, matrix, matrix)[0]
+    assert ssd_flops.backward_products(1, *sizes) == counted(gradients, of_heads, matrix, matrix, of_heads)[0]
+    assert trapezoidal_ssd_flops.forward_products(1, *sizes, rank=4) == 4 * ssd_flops.forward_products(1, *sizes)
+    assert trapezoidal_ssd_flops.backward_products(1, *sizes, rank=4) == 4 * ssd_flops.backward_products(1, *sizes)
+
+
 def trapezoidal_token(h, angle, x, z, delta, A, lambda_, for_next, B, C, theta, D, delta_bias, biases, mimo):
     """A token with one update of the state, which holds already what the token before would add now."""
     delta = jax.nn.softplus(delta + delta_bias)
     angle = angle + delta[..., None] * theta[:, None]
     turn = turn_by(angle[..., None, :])
     B, C = (rotate(matrix + bias, turn) for matrix, bias in zip((B, C), biases, strict=True))
-    x, z = x[..., None, :], z[..., None, :]
+    x, z = x[..., None, :], None if z is None else z[..., None, :]
     if mimo is not None:
-        x, z = x * mimo[0], z * mimo[1]
+        x, z = x * mimo[0], None if z is None else z * mimo[1]
     own = lambda_ * delta
     weighted = (own + for_next)[..., None, None] * x
     update = jnp.sum(weighted[..., None] * B[..., None, :], axis=2)
     h = jnp.exp(delta * A)[..., None, None] * h + update
     y = jnp.einsum("bhpn,bhrn->bhrp", h, C)
     y = y - jnp.einsum("bhri,bhip->bhrp", for_next[..., None, None] * jnp.einsum("bhrn,bhin->bhri", C, B), x)
-    y = (y + D[:, None, None] * x) * (z * jax.nn.sigmoid(z))
+    y = y + D[:, None, None] * x
+    if z is not None:
+        y = y * (z * jax.nn.sigmoid(z))
     return (y[:, :, 0] if mimo is None else jnp.sum(y * mimo[2], axis=2)), h, angle, (1 - lambda_) * delta
 
 
 @pytest.mark.parametrize("state", [16, 64])
 @pytest.mark.parametrize("rank", [1, 4])
-def test_trapezoidal_ssd(rank, state):
+@pytest.mark.parametrize("gated", [False, True])
+def test_trapezoidal_ssd(gated, rank, state):
     heads, head_dim, pairs = 4, 16, state // 4
     per_token, per_head = (BATCH, heads, head_dim), (BATCH, heads)
     matrix = (BATCH, 1, rank, state)
     shapes = (
-        (BATCH, heads, head_dim, state), (BATCH, heads, pairs), per_token, per_token, per_head, per_head, per_head,
-        per_head, matrix, matrix, (BATCH, pairs), (heads,), (heads,), (2, heads, rank, state),
+        (BATCH, heads, head_dim, state), (BATCH, heads, pairs), per_token, per_token if gated else None, per_head,
+        per_head, per_head, per_head, matrix, matrix, (BATCH, pairs), (heads,), (heads,), (2, heads, rank, state),
         None if rank == 1 else (3, heads, rank, head_dim),
     )  # fmt: skip
     arrays = [None if shape is None else jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     # Not compiled: a fusion may compute what it needs twice.
     analysis = jax.jit(trapezoidal_token).lower(*arrays).cost_analysis()
-    count = trapezoidal_ssd_flops.forward(BATCH, 1, heads, head_dim, state, pairs=pairs, rank=rank)
+    options = {"pairs": pairs, "rank": rank, "gated": gated}
+    count = trapezoidal_ssd_flops.forward(BATCH, 1, heads, head_dim, state, **options)
     assert count == pytest.approx(analysis["flops"], rel=0.1)
 
     x, z, B, biases = ((shape[0], 1, *shape[1:]) for shape in (per_token, per_token, matrix, per_head))
-    operands = (x, biases, biases, B, B, biases, (BATCH, 1, pairs), (heads,), z, (heads,))
+    operands = (x, biases, biases, B, B, biases, (BATCH, 1, pairs), (heads,), z if gated else None, (heads,))
 
     def operator(*arrays):
         return trapezoidal_ssd.trapezoidal_ssd(
             *arrays[:-1], delta_bias=arrays[-1], delta_softplus=True, implementation="reference"
         )
 
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in operands]
+    arrays = [None if shape is None else jax.ShapeDtypeStruct(shape, jnp.float32) for shape in operands]
     exponentials = jax.jit(operator).lower(*arrays).cost_analysis()["transcendentals"]
-    assert trapezoidal_ssd_flops.exponentials(BATCH, 1, heads, head_dim, pairs=pairs, rank=rank) == exponentials
+    assert trapezoidal_ssd_flops.exponentials(BATCH, 1, heads, head_dim, **options) == exponentials
 
 
 def test_causal_conv1d():
@@ -129,3 +150,5 @@ def test_bytes_are_those_of_the_arrays_read_and_written():
     # The same shape for Mamba-3: z as well, and a scalar or two a head.
     moved = trapezoidal_ssd_flops.forward_bytes(8, 2048, 80, 64, 128, pairs=32, itemsize=2)
     assert 3 / 2 < moved / 335e6 < 1.7
+    ungated = trapezoidal_ssd_flops.forward_bytes(8, 2048, 80, 64, 128, pairs=32, itemsize=2, gated=False)
+    assert 2 * (moved - ungated) == pytest.approx(335e6, rel=0.01)

@@ -82,8 +82,7 @@ def backward_pass(call: Call, arrays: Arrays) -> Arrays:
     walked = states.scan(walk, inputs | start, reverse=True, save=True)
     inputs |= {"states": arrays["states"], "dstates": walked["states"]}
     results = backward.scan(walk, inputs, splits=call.plan.splits, stages=call.plan.stages)
-    found = slopes.Slopes(*(call.by_head(results[n]) for n in slopes.names(own_weights=False)))
-    numbers = slopes.gradients(found, inputs["tokens"][:, : call.heads])
+    numbers = slopes.gradients(call.by_head(results["slopes"]), inputs["tokens"])
     gradients = {
         "x": call.trim_tokens(results["dx"], arrays["x"]),
         **{name: call.trim_numbers(gradient) for name, gradient in numbers.items()},

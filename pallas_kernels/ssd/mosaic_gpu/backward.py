@@ -18,11 +18,11 @@ from jax import lax
 
 from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
-from pallas_kernels.ssd.mosaic_gpu import blocks, slopes
+from pallas_kernels.ssd.mosaic_gpu import blocks, matrices, slopes
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem
 
 MAX_COLUMNS = 128
-"""States whose gradients of B and C fit in registers; more take a pass for each so many."""
+"""States whose gradients of B and C fit in registers; those of more are left to ``matrices``."""
 
 _EVEN_SHARE = 168
 """Registers of a lane, where three warpgroups have the same."""
@@ -45,23 +45,24 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
 
     Returns:
         "dx"; "dB" and "dC", (splits, batch, length, groups · state), to be summed; with D also "dD", (batch, chunks,
-        heads, CHANNELS), to be summed; and those of ``slopes.names``.
+        heads, CHANNELS), to be summed; and "slopes", as in ``slopes.array_type``.
     """
-    results: dict[str, jax.Array] = {}
-    matrices = []
-    for first in range(0, p.state, MAX_COLUMNS):
-        columns = slice(first, min(first + MAX_COLUMNS, p.state))
-        results = _Backward(p, splits, stages, columns).run(inputs)
-        matrices.append({name: results.pop(name) for name in ("dB", "dC")})
-    for name in ("dB", "dC"):
-        pieces = [m[name].reshape(*m[name].shape[:3], p.groups, -1) for m in matrices]
-        results[name] = jnp.concatenate(pieces, axis=-1).reshape(splits, p.batch, p.chunks * CHUNK, -1)
+    # Rounded once: here, or after the sum of the splits.
+    dtype = inputs["x"].dtype if splits == 1 else jnp.dtype(jnp.float32)
+    results = _Backward(p, splits, stages, dtype).run(inputs)
+    if "weights" not in results:
+        return results
+    inputs = {**inputs, "weights": results.pop("weights")}
+    for name in ("B", "C"):
+        rest = matrices.gradient(p, inputs, name, splits=splits, first=MAX_COLUMNS, dtype=dtype)
+        by_group = [piece.reshape(*piece.shape[:3], p.groups, -1) for piece in (results[f"d{name}"], rest)]
+        results[f"d{name}"] = jnp.concatenate(by_group, axis=-1).reshape(splits, p.batch, p.chunks * CHUNK, -1)
     return results
 
 
 @dataclasses.dataclass(frozen=True)
 class _Backward:
-    """One launch: all gradients, those of B and C for some of the states.
+    """The launch for all gradients, those of B and C for the first states.
 
     Three warpgroups share the work on a head: what comes of the chunk's attention, the weights of its gradient, and
     the parts of the gradients of B and C that go through states. Until the end they share loaded data only.
@@ -70,11 +71,13 @@ class _Backward:
     p: Problem
     splits: int
     stages: int
-    columns: slice
+    matrix_dtype: jnp.dtype
+    """Of the gradients of B and C."""
 
     @property
-    def num_columns(self) -> int:
-        return self.columns.stop - self.columns.start
+    def columns(self) -> int:
+        """States whose gradients of B and C it computes."""
+        return min(self.p.state, MAX_COLUMNS)
 
     @property
     def heads_per_split(self) -> int:
@@ -83,14 +86,16 @@ class _Backward:
     def run(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """Launches the kernel."""
         p, dtype = self.p, inputs["x"].dtype
-        matrix_dims = (self.splits, p.batch, p.chunks * CHUNK, p.groups * self.num_columns)
+        matrix_dims = (self.splits, p.batch, p.chunks * CHUNK, p.groups * self.columns)
         outputs: dict[str, Any] = {
             "dx": jax.ShapeDtypeStruct(inputs["x"].shape, dtype),
-            **{name: jax.ShapeDtypeStruct(matrix_dims, jnp.float32) for name in ("dB", "dC")},
-            **{name: p.tokens_type() for name in slopes.names(own_weights=False)},
+            **{name: jax.ShapeDtypeStruct(matrix_dims, self.matrix_dtype) for name in ("dB", "dC")},
+            "slopes": slopes.array_type(p),
         }
         if "D" in inputs:
             outputs["dD"] = jax.ShapeDtypeStruct((p.batch, p.chunks, p.heads, CHANNELS), jnp.float32)
+        if self.columns < p.state:
+            outputs["weights"] = matrices.weights_type(p, self.splits, dtype)
         scratch = {
             **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C")},
             **{name: blocks.operand(self.stages, CHUNK, CHANNELS, dtype=dtype) for name in ("x", "dy")},
@@ -175,9 +180,9 @@ class _Block:
 
         return lax.fori_loop(0, count, step, carry)
 
-    def put(self, name: str, head: Any, numbers: jax.Array) -> None:
-        """Writes a number a token of a head."""
-        store(self.gmem[name].at[self.batch, head, self.chunk], numbers)
+    def put_slope(self, name: str, head: Any, numbers: jax.Array) -> None:
+        """Writes a number a token of a head, one of ``Slopes``."""
+        slopes.put(self.gmem["slopes"].at[self.batch, head, self.chunk], name, numbers)
 
     def attention(self) -> None:
         """First warpgroup: dx, and what inputs say about the decays. Rows are the tokens that were added."""
@@ -198,8 +203,8 @@ class _Block:
                 ),
             )
             x = x.astype(jnp.float32)
-            self.put("to_end", head, decay * jnp.sum(x * from_state, axis=1))
-            self.put("to_outputs", head, jnp.sum(x * within, axis=1))
+            self.put_slope("to_end", head, decay * jnp.sum(x * from_state, axis=1))
+            self.put_slope("to_outputs", head, jnp.sum(x * within, axis=1))
             decayed_delta = decay * blocks.load(tokens.at[2], blocks.ROWS)
             dx = within + from_state * blocks.by_row(decayed_delta, CHANNELS)
             if "D" in gmem:
@@ -242,9 +247,9 @@ class _Block:
             sum_of_weights = sum_of_weights + weights
             # Row t of the first product: for each s, the sum over the tokens from t.
             passing, y = blocks.products(([(smem["from_row"], pairs)], None), ([(smem["C"], states)], None))
-            self.put("within", head, jnp.sum(passing * blocks.load(smem["before"]), axis=1))
+            self.put_slope("within", head, jnp.sum(passing * blocks.load(smem["before"]), axis=1))
             decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS))
-            self.put("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
+            self.put_slope("from_start", head, decay * jnp.sum(blocks.load(refs["dy"]) * y, axis=1))
             return sum_of_weights
 
         zeros = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), blocks.LAYOUT)
@@ -254,6 +259,9 @@ class _Block:
         store(pairs, weights.astype(self.dtype))
         plgpu.commit_smem()
         plgpu.barrier_arrive(smem["made"])
+        if "weights" in self.gmem:
+            plgpu.copy_smem_to_gmem(pairs, self.gmem["weights"].at[self.split, self.batch, self.group, self.chunk])
+            plgpu.wait_smem_to_gmem(0)
 
     def put_across(self, head: Any, refs: Refs) -> None:
         """Writes what the gradient of the state after the chunk makes of the state before it, a number a channel."""
@@ -264,7 +272,7 @@ class _Block:
             for some in columns
         ]
         numbers = jnp.sum(functools.reduce(jnp.add, products).astype(jnp.float32), axis=1)
-        self.put("across", head, numbers)
+        self.put_slope("across", head, numbers)
 
     def put_dD(self, head: Any, refs: Refs) -> None:
         """Writes what the chunk adds to the gradient of D."""
@@ -276,30 +284,27 @@ class _Block:
     def matrices(self) -> None:
         """Third warpgroup: loads, the gradients of B, C and D, and what passes through the whole chunk."""
         smem = self.smem
-        columns = pl.ds(self.launch.columns.start, self.launch.num_columns)
+        width = self.launch.columns
 
         def work(head: Any, refs: Refs, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             dB, dC = gradients
             tokens = refs["tokens"]
-            to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS)).astype(self.dtype)
-            weighted = blocks.load_operand(refs["x"]) * blocks.by_row(to_end, CHANNELS)
-            dstates, states = (refs[name].at[:, columns] for name in ("dstates", "states"))
+            weighted = matrices.into_state(refs["x"], tokens)
+            dstates, states = (refs[name].at[:, :width] for name in ("dstates", "states"))
             put_across = functools.partial(self.put_across, head, refs)
             dB, _ = blocks.products(([(weighted, dstates)], dB), meanwhile=put_across)
-            decay = jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS)).astype(self.dtype)
-            weighted = blocks.load_operand(refs["dy"]) * blocks.by_row(decay, CHANNELS)
+            weighted = matrices.from_state(refs["dy"], tokens)
             put_dD = functools.partial(self.put_dD, head, refs)
             dC, _ = blocks.products(([(weighted, states)], dC), meanwhile=put_dD)
             return dB, dC
 
-        zeros = plgpu.layout_cast(jnp.zeros((CHUNK, self.launch.num_columns), jnp.float32), blocks.LAYOUT)
+        zeros = plgpu.layout_cast(jnp.zeros((CHUNK, width), jnp.float32), blocks.LAYOUT)
         dB, dC = self.over_heads(work, (zeros, zeros), refill=True)
         plgpu.barrier_wait(smem["made"])
         weights = smem["pairs"]
         dB, dC = blocks.products(
-            ([(blocks.transposed(weights), smem["C"].at[:, columns])], dB), ([(weights, smem["B"].at[:, columns])], dC)
+            ([(blocks.transposed(weights), smem["C"].at[:, :width])], dB), ([(weights, smem["B"].at[:, :width])], dC)
         )
         for name, gradient in (("dB", dB), ("dC", dC)):
-            width = self.launch.num_columns
             target = self.gmem[name].at[self.split, self.batch, blocks.chunk_rows(self.chunk)]
-            store(target.at[:, pl.ds(self.group * width, width)], gradient)
+            store(target.at[:, pl.ds(self.group * width, width)], gradient.astype(target.dtype))

@@ -79,12 +79,15 @@ class Call:
         return by_head[:, : self.length, :, : self.head_dim].astype(like.dtype)
 
     def by_head(self, array: jax.Array) -> jax.Array:
-        """Sums a number a token, (batch, heads, chunks, CHUNK), over the pieces of a head."""
-        return jnp.sum(array.reshape(self.batch, self.heads, self.pieces, self.chunks, CHUNK), axis=2)
+        """Sums numbers of heads, (batch, heads or more, …), over the pieces of each."""
+        if self.pieces == 1:
+            return array
+        by_piece = array[:, : self.heads * self.pieces].reshape(self.batch, self.heads, self.pieces, *array.shape[2:])
+        return jnp.sum(by_piece, axis=2)
 
     def trim_numbers(self, array: jax.Array) -> jax.Array:
-        """(batch, heads, chunks, CHUNK) to (batch, length, heads)."""
-        return jnp.swapaxes(array.reshape(self.batch, self.heads, -1)[:, :, : self.length], 1, 2)
+        """Numbers of these tokens and heads, of those of more."""
+        return array[:, : self.length, : self.heads]
 
     def pad_state(self, array: jax.Array) -> jax.Array:
         """(batch, heads, head_dim, state) to (batch, heads, CHANNELS, state)."""

@@ -21,22 +21,27 @@ LOWEST = -160.0
 _LEAST_STEP_SIZE = 1e-30
 """Stands for step sizes of zero, which have no logarithm; what it lets through is nothing in float32."""
 
-_HEADS = LANES
+HEADS = LANES
 """Heads of a block, a lane each; its warps take a quarter of the chunk each."""
-_STEPS = CHUNK // WARPS
-_PITCH = _HEADS + 4
+STEPS = CHUNK // WARPS
+PITCH = HEADS + 4
 """Of rows in shared memory, such that the numbers of a column are in several banks."""
 
-_BY_HEAD = register_tile([(WARPS, _HEADS), (1, _HEADS), (1, 1)], warp_dims=(-6,), lane_dims=(-3,), vector_dim=-1)
-_BY_TOKEN = register_tile(
-    [(_HEADS, WARPS, _STEPS), (_HEADS // WARPS, WARPS, _STEPS), (1, LANES // _STEPS, _STEPS), (1, 1, 1)],
+BY_HEAD = register_tile([(WARPS, HEADS), (1, HEADS), (1, 1)], warp_dims=(-6,), lane_dims=(-3,), vector_dim=-1)
+BY_TOKEN = register_tile(
+    [(HEADS, WARPS, STEPS), (HEADS // WARPS, WARPS, STEPS), (4, 1, 8), (1, 1, 1)],
     warp_dims=(-12,),
-    lane_dims=(-5, -4),
+    lane_dims=(-4, -6),
     vector_dim=-1,
 )
 
 _Sum = tuple[jax.Array, jax.Array]
 """A number and what its rounding took."""
+
+
+def padded_heads(heads: int) -> int:
+    """At least these heads, in whole blocks."""
+    return -(-heads // HEADS) * HEADS
 
 
 def pack(
@@ -59,11 +64,11 @@ def pack(
         change nothing.
     """
     batch, length, heads = delta.shape
-    length, heads = -(-length // CHUNK) * CHUNK, -(-heads // _HEADS) * _HEADS
+    length, heads = -(-length // CHUNK) * CHUNK, padded_heads(heads)
 
     def cut(array: jax.Array) -> jax.Array:
         padding = [(0, wanted - size) for wanted, size in zip((batch, length, heads), array.shape, strict=True)]
-        return jnp.pad(array, padding).reshape(batch, length // CHUNK, WARPS, _STEPS, heads)
+        return jnp.pad(array, padding).reshape(batch, length // CHUNK, WARPS, STEPS, heads)
 
     inputs = {
         "delta": jnp.maximum(cut(delta), _LEAST_STEP_SIZE),
@@ -72,56 +77,56 @@ def pack(
     if own_weight is not None:
         inputs["own_weight"] = jnp.maximum(cut(own_weight), _LEAST_STEP_SIZE)
     token_rows = TOKEN_ROWS + (own_weight is not None)
-    outputs = {"tokens": jax.ShapeDtypeStruct((batch, heads, length // CHUNK, token_rows, WARPS, _STEPS), jnp.float32)}
+    outputs = {"tokens": jax.ShapeDtypeStruct((batch, heads, length // CHUNK, token_rows, WARPS, STEPS), jnp.float32)}
     scratch = {
-        "rows": plgpu.SMEM((len(inputs), WARPS, _STEPS, _PITCH), jnp.float32),
-        "ends": plgpu.SMEM((2, WARPS, _PITCH), jnp.float32),
+        "rows": plgpu.SMEM((len(inputs), WARPS, STEPS, PITCH), jnp.float32),
+        "ends": plgpu.SMEM((2, WARPS, PITCH), jnp.float32),
     }
 
     def pack_tokens(gmem: Refs, smem: Refs) -> None:
         batch, chunk = lax.axis_index("batch"), lax.axis_index("chunk")
-        heads = pl.ds(lax.axis_index("heads") * _HEADS, _HEADS)
+        heads = pl.ds(lax.axis_index("heads") * HEADS, HEADS)
 
         def step(name: str, i: Any) -> jax.Array:
-            return plgpu.load(gmem[name].at[batch, chunk, :, i, heads], layout=_BY_HEAD, optimized=False)
+            return plgpu.load(gmem[name].at[batch, chunk, :, i, heads], layout=BY_HEAD, optimized=False)
 
         # All loads before anything that waits for one.
-        log_decays, deltas = ([step(name, i) for i in range(_STEPS)] for name in ("log_decay", "delta"))
-        own_weights = [] if own_weight is None else [step("own_weight", i) for i in range(_STEPS)]
+        log_decays, deltas = ([step(name, i) for i in range(STEPS)] for name in ("log_decay", "delta"))
+        own_weights = [] if own_weight is None else [step("own_weight", i) for i in range(STEPS)]
 
         # First the sum of each warp's tokens, then cumulative sums that start with those of the warps before.
-        zeros = plgpu.layout_cast(jnp.zeros((WARPS, _HEADS), jnp.float32), _BY_HEAD)
+        zeros = plgpu.layout_cast(jnp.zeros((WARPS, HEADS), jnp.float32), BY_HEAD)
         end = functools.reduce(_add, log_decays, (zeros, zeros))
         for ref, part in zip((smem["ends"].at[0], smem["ends"].at[1]), end, strict=True):
-            store(ref.at[:, :_HEADS], part)
+            store(ref.at[:, :HEADS], part)
         synchronize()
         total = (zeros, zeros)
-        warp = plgpu.broadcasted_iota(jnp.int32, (WARPS, _HEADS), 0, layout=_BY_HEAD)
+        warp = plgpu.broadcasted_iota(jnp.int32, (WARPS, HEADS), 0, layout=BY_HEAD)
         for before in range(WARPS - 1):
             parts = []
             for i in range(2):
-                row = plgpu.load(smem["ends"].at[i, before, :_HEADS], layout=_BY_HEAD.reduce(0), optimized=False)
-                row = plgpu.layout_cast(lax.broadcast_in_dim(row, (WARPS, _HEADS), (1,)), _BY_HEAD)
+                row = plgpu.load(smem["ends"].at[i, before, :HEADS], layout=BY_HEAD.reduce(0), optimized=False)
+                row = plgpu.layout_cast(lax.broadcast_in_dim(row, (WARPS, HEADS), (1,)), BY_HEAD)
                 parts.append(jnp.where(warp > before, row, 0.0))
             high, low = _add(total, parts[0])
             total = high, low + parts[1]
 
         for i, (log_decay, delta) in enumerate(zip(log_decays, deltas, strict=True)):
             total = _add(total, log_decay)
-            store(smem["rows"].at[0, :, i, :_HEADS], total[0] + total[1])
-            store(smem["rows"].at[1, :, i, :_HEADS], delta)
+            store(smem["rows"].at[0, :, i, :HEADS], total[0] + total[1])
+            store(smem["rows"].at[1, :, i, :HEADS], delta)
             if own_weight is not None:
-                store(smem["rows"].at[2, :, i, :_HEADS], own_weights[i])
+                store(smem["rows"].at[2, :, i, :HEADS], own_weights[i])
         synchronize()
         totals, deltas, *own_weights = (
-            plgpu.load(smem["rows"].at[i, :, :, :_HEADS].transpose((2, 0, 1)), layout=_BY_TOKEN, optimized=False)
+            plgpu.load(smem["rows"].at[i, :, :, :HEADS].transpose((2, 0, 1)), layout=BY_TOKEN, optimized=False)
             for i in range(len(inputs))
         )
         target = gmem["tokens"].at[batch, heads, chunk]
         for row, value in enumerate((totals, totals - jnp.log2(deltas), deltas, *own_weights)):
             store(target.at[:, row], value)
 
-    grid = {"batch": batch, "chunk": length // CHUNK, "heads": heads // _HEADS}
+    grid = {"batch": batch, "chunk": length // CHUNK, "heads": heads // HEADS}
     tokens = launch("ssd", pack_tokens, inputs, outputs, scratch, grid)["tokens"]
     return tokens.reshape(batch, heads, length // CHUNK, token_rows, CHUNK)
 

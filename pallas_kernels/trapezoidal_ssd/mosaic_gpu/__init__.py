@@ -139,8 +139,7 @@ def backward_pass(arrays: Arrays) -> Arrays:
     walked = states.scan(walk, inputs | start, reverse=True, save=True)
     inputs |= {"states": arrays["states"], "dstates": walked["states"], **_angle_factors(call, arrays)}
     results = backward.scan(walk, inputs, splits=call.plan.splits, stages=call.plan.stages)
-    found = slopes.Slopes(*(call.by_head(numbers) for numbers in jnp.moveaxis(results["slopes"], 3, 0)))
-    numbers = slopes.gradients(found, inputs["tokens"][:, : call.heads])
+    numbers = slopes.gradients(call.by_head(results["slopes"]), inputs["tokens"])
     gradients = {
         "x": call.trim_tokens(results["dx"], arrays["x"]),
         **{name: call.trim_numbers(gradient) for name, gradient in numbers.items()},

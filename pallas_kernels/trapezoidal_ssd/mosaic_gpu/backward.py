@@ -35,8 +35,6 @@ assert sum(_REGISTERS.values()) <= len(_REGISTERS) * _EVEN_SHARE
 _GRADIENT_TILES = 2
 """Tiles of a gradient of B or C on their way out at once: more leave no room for large states."""
 
-_SLOPES = slopes.names(own_weights=True)
-
 
 def shared_memory(state: int, pairs: int, token_rows: int) -> tuple[int, int]:
     """Bytes of a block: those that it needs once, and those of each stage."""
@@ -60,8 +58,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
     Returns:
         "dx"; "dmatrices", (2, batch, chunks, heads, tiles, CHUNK, STATE_UNIT), of every head's B and C; "dstep_size",
         (batch, heads, chunks, CHUNK); "dtheta", (groups · splits, batch, chunks, CHUNK, pairs), to be summed; "slopes",
-        (batch, heads, chunks, …, CHUNK), the fields of ``Slopes``; and perhaps "dD", (batch, chunks, heads, CHANNELS),
-        to be summed.
+        as in ``slopes.array_type``; and perhaps "dD", (batch, chunks, heads, CHANNELS), to be summed.
     """
     dtype, groups = inputs["x"].dtype, p.groups
     outputs: dict[str, Any] = {
@@ -71,7 +68,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         ),
         "dtheta": jax.ShapeDtypeStruct((groups * splits, p.batch, p.chunks, CHUNK, p.pairs), jnp.float32),
         "dstep_size": p.tokens_type(),
-        "slopes": jax.ShapeDtypeStruct((p.batch, p.heads, p.chunks, len(_SLOPES), CHUNK), jnp.float32),
+        "slopes": slopes.array_type(p),
     }
     if "D" in inputs:
         outputs["dD"] = jax.ShapeDtypeStruct((p.batch, p.chunks, p.heads, CHANNELS), jnp.float32)
@@ -125,7 +122,7 @@ class _Block(HeadByHead):
     def put_slope(self, name: str, head: Any, numbers: jax.Array) -> None:
         """Writes a number a token of a head, one of ``Slopes``."""
         batch, chunk = self.at
-        store(self.gmem["slopes"].at[batch, head, chunk, _SLOPES.index(name)], numbers)
+        slopes.put(self.gmem["slopes"].at[batch, head, chunk], name, numbers)
 
     def inputs(self) -> None:
         """First warpgroup: B, dx, and what inputs and states say about the decays. A row is a token that was added."""
