@@ -66,7 +66,8 @@ def plot_times(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("milliseconds")
-    figure.axes[0].legend(frameon=False)
+    # A crossover may be where the legend is.
+    figure.axes[0].legend(framealpha=1, edgecolor="none")
     part = png.with_name(f"{png.name}.part")
     figure.savefig(part, format="png")
     os.replace(part, png)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.crossover import crossovers, times
@@ -57,6 +57,6 @@ def draw(folder: Path, measurements: Sequence[Measurement], device: str) -> list
 
 
 def _title(name: str, suite: str, measurements: Sequence[Measurement], device: str) -> str:
-    shape: Mapping[str, int] = next(m.shape for m in measurements if m.suite == suite and m.operator == name)
-    fixed = ", ".join(f"{dim} {size}" for dim, size in shape.items() if dim != suite)
+    shapes = [m.shape for m in measurements if m.suite == suite and m.operator == name]
+    fixed = ", ".join(f"{dim} {size}" for dim, size in shapes[0].items() if all(s[dim] == size for s in shapes))
     return f"{name}, {fixed}, bfloat16, {device}"
