@@ -82,7 +82,7 @@ def shard_groups(inputs: Any, input_dims: Mapping[str, Dims], members: str) -> t
     Returns:
         What ``map_shards`` takes for both.
     """
-    shards = _shard_count(inputs[0], input_dims[inputs._fields[0]].index(members))
+    shards = shard_count(inputs[0], input_dims[inputs._fields[0]].index(members))
     sharded_dims = dict(input_dims)
     for name, dims in input_dims.items():
         if "groups" not in dims:
@@ -98,7 +98,7 @@ def shard_groups(inputs: Any, input_dims: Mapping[str, Dims], members: str) -> t
     return inputs, sharded_dims
 
 
-def _shard_count(array: jax.Array, dim: int) -> int:
+def shard_count(array: jax.Array, dim: int) -> int:
     """Number of parts that ``map_shards`` finds this dimension of an array in: 1 where it is not sharded."""
     sharding = jax.typeof(array).sharding
     axis = sharding.spec[dim] if _explicit_axes(sharding.mesh) else None
