@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.causal_conv1d import flops as causal_conv1d_flops
+from pallas_kernels.gated_rms_norm import flops as gated_rms_norm_flops
+from pallas_kernels.gated_rms_norm import gated_rms_norm
 from pallas_kernels.selective_scan import flops as selective_scan_flops
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.ssd import flops as ssd_flops
@@ -55,7 +57,8 @@ class Operator:
     costs: Callable[[Shape, Direction], Costs]
     implementations: tuple[str, ...]
     independent_dim: str = "channels"
-    """Dimension along which nothing depends on anything else, but for gradients that are sums over it."""
+    """Dimension along which nothing depends on anything else, but for gradients that are sums over it. Where it is the
+    length, there is no state."""
     has_reference: bool = True
     """Whether ``call`` also knows the implementation "reference"."""
 
@@ -203,6 +206,30 @@ def _causal_conv1d_costs(shape: Shape, direction: Direction) -> Costs:
     return Costs(moved, flops, count.exponentials(batch, length, channels))
 
 
+def _make_gated_rms_norm(key: jax.Array, shape: Shape) -> Arrays:
+    dims = [shape[dim] for dim in ("batch", "length", "heads", "head_dim")]
+    keys = jax.random.split(key, 3)
+    return {
+        "x": _normal(keys[0], *dims),
+        "z": _normal(keys[1], *dims),
+        "weight": 1 + _normal(keys[2], *dims[2:], dtype=jnp.float32) / 8,
+    }
+
+
+def _call_gated_rms_norm(arrays: Arrays, implementation: str) -> jax.Array:
+    return gated_rms_norm(arrays["x"], arrays["z"], arrays["weight"], implementation=implementation)
+
+
+def _gated_rms_norm_costs(shape: Shape, direction: Direction) -> Costs:
+    sizes = [shape[dim] for dim in ("batch", "length", "heads", "head_dim")]
+    count = gated_rms_norm_flops
+    if direction == "forward":
+        moved, flops = count.forward_bytes(*sizes, itemsize=DTYPE.itemsize), count.forward(*sizes)
+    else:
+        moved, flops = count.backward_bytes(*sizes, itemsize=DTYPE.itemsize), count.backward(*sizes)
+    return Costs(moved, flops, count.exponentials(*sizes))
+
+
 def _make_attention(key: jax.Array, shape: Shape) -> Arrays:
     dims = [shape[dim] for dim in ("batch", "length", "heads", "head_dim")]
     return {name: _normal(k, *dims) for name, k in zip("qkv", jax.random.split(key, 3), strict=True)}
@@ -284,6 +311,16 @@ OPERATORS = {
             _call_causal_conv1d,
             _causal_conv1d_costs,
             ("mosaic_gpu", "xla"),
+        ),
+        Operator(
+            "gated_rms_norm",
+            {"x": _HEADS, "z": _HEADS, "weight": ("heads", "head_dim")},
+            _HEADS,
+            _make_gated_rms_norm,
+            _call_gated_rms_norm,
+            _gated_rms_norm_costs,
+            ("mosaic_gpu", "xla"),
+            independent_dim="length",
         ),
     )
 }

@@ -29,6 +29,7 @@ _MIN_ROTATED_BYTES = 256e6
 _MAX_CHECKED = 1 << 18
 """Tokens times channels that are compared with the reference; of a larger problem, a few channels."""
 _CHECKED_CHANNELS = 8
+_CHECKED_TOKENS = 16
 _REFERENCE_CHUNK = 256
 _PROGRESS_SECONDS = 20
 
@@ -149,12 +150,14 @@ def _apply(transpose: Callable[[jax.Array], Any], dy: jax.Array) -> Any:
 
 
 def _kept(operator: Operator, arrays: Any) -> dict[str, int]:
-    """Of a large problem, the first row and its first channels or heads."""
+    """Of a large problem, the first row and its first channels, heads or tokens."""
     if not operator.has_reference or math.prod(arrays["x"].shape) <= _MAX_CHECKED:
         return {}
     sizes = operator.sizes(arrays)
-    few_channels = max(1, _CHECKED_CHANNELS // sizes.get("head_dim", 1))
-    return {dim: n for dim, n in {"batch": 1, operator.independent_dim: few_channels}.items() if n < sizes[dim]}
+    few = _CHECKED_TOKENS
+    if operator.independent_dim != "length":
+        few = max(1, _CHECKED_CHANNELS // sizes.get("head_dim", 1))
+    return {dim: n for dim, n in {"batch": 1, operator.independent_dim: few}.items() if n < sizes[dim]}
 
 
 def _reference(operator: Operator, arrays: Arrays) -> jax.Array:
@@ -164,7 +167,7 @@ def _reference(operator: Operator, arrays: Arrays) -> jax.Array:
     """
     call = functools.partial(operator.call, implementation="reference")
     batch, length, *_ = arrays["x"].shape
-    if length % _REFERENCE_CHUNK:
+    if length % _REFERENCE_CHUNK or operator.independent_dim == "length":
         return call(arrays)
     tokens = {name: array for name, array in arrays.items() if "length" in operator.dims[name]}
     shared = {name: array for name, array in arrays.items() if name not in tokens}

@@ -136,6 +136,9 @@ def _shape(sizes: Sizes, name: str, batch: int, length: int, channels: int) -> S
             ssd = _shape(sizes, "ssd", batch, length, channels)
             # A rank of one is SISO; half of the state rotates, in pairs.
             return {**ssd, "rank": 1, "pairs": max(1, sizes.ssd_state // 4)}
+        case "gated_rms_norm":
+            heads = {"heads": channels // sizes.head_dim, "head_dim": sizes.head_dim}
+            return {"batch": batch, "length": length, **heads}
         case "causal_conv1d":
             return {"batch": batch, "length": length, "channels": channels, "width": sizes.width}
         case _:

@@ -61,6 +61,7 @@ def test_writes_table_json_and_pictures(tmp_path, capsys, monkeypatch):
         "ssd_by_state",
         "trapezoidal_ssd_by_state",
         "causal_conv1d_by_length",
+        "gated_rms_norm_by_length",
     ):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out

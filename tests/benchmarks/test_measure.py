@@ -32,6 +32,7 @@ SHAPES = {
         "pairs": 1,
     },
     "causal_conv1d": {"batch": 2, "length": 16, "channels": 24, "width": 4},
+    "gated_rms_norm": {"batch": 2, "length": 16, "heads": 4, "head_dim": 8},
 }
 LIMITS = Limits("a device", bytes=1e9, flops=None, exponentials=None)
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import causal_conv1d, selective_scan, ssd, trapezoidal_ssd
+from pallas_kernels import causal_conv1d, gated_rms_norm, selective_scan, ssd, trapezoidal_ssd
 from pallas_kernels.causal_conv1d import flops as conv_flops
+from pallas_kernels.gated_rms_norm import flops as norm_flops
 from pallas_kernels.selective_scan import flops as scan_flops
 from pallas_kernels.ssd import flops as ssd_flops
 from pallas_kernels.trapezoidal_ssd import flops as trapezoidal_ssd_flops
@@ -137,6 +138,25 @@ def test_causal_conv1d():
     assert conv_flops.exponentials(BATCH, 100, CHANNELS) == exponentials
 
 
+def test_gated_rms_norm():
+    per_token, sizes = (BATCH, 10, 4, 16), (BATCH, 10, 4, 16)
+
+    def norm(x, z, weight):
+        return gated_rms_norm.gated_rms_norm(x, z, weight, implementation="reference")
+
+    def gradients(x, z, weight, dy):
+        return jax.vjp(norm, x, z, weight)[1](dy)
+
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (per_token, per_token, per_token[2:], per_token)]
+    # Not compiled: a fusion may compute what it needs twice.
+    forward, backward = (jax.jit(f).lower(*a).cost_analysis() for f, a in ((norm, arrays[:3]), (gradients, arrays)))
+    assert norm_flops.forward(*sizes) == pytest.approx(forward["flops"], rel=0.05)
+    assert norm_flops.backward(*sizes) == pytest.approx(backward["flops"], rel=0.15)
+    # XLA counts a root a head as well.
+    roots = BATCH * 10 * 4
+    assert norm_flops.exponentials(*sizes) == forward["transcendentals"] - roots == backward["transcendentals"] - roots
+
+
 def test_bytes_are_those_of_the_arrays_read_and_written():
     # KERNELS: (8, 2048, 5120, 16) moves 671 MB of x, delta, z and y in bfloat16.
     moved = scan_flops.forward_bytes(8, 2048, 5120, 16, itemsize=2)
@@ -144,6 +164,8 @@ def test_bytes_are_those_of_the_arrays_read_and_written():
     assert scan_flops.backward_bytes(8, 2048, 5120, 16, itemsize=2) == pytest.approx(7 / 4 * 671e6, rel=0.01)
     assert conv_flops.forward_bytes(8, 2048, 5120, itemsize=2) == pytest.approx(671e6 / 2, rel=0.01)
     assert conv_flops.backward_bytes(8, 2048, 5120, itemsize=2) == pytest.approx(671e6 * 3 / 4, rel=0.01)
+    assert norm_flops.forward_bytes(8, 2048, 80, 64, itemsize=2) == pytest.approx(3 / 4 * 671e6, rel=0.01)
+    assert norm_flops.backward_bytes(8, 2048, 80, 64, itemsize=2) == pytest.approx(5 / 4 * 671e6, rel=0.01)
     # KERNELS: (8, 2048, 80 heads of 64, 1 group, state 128) moves 335 MB of x and y. The rest is little.
     assert 1 < ssd_flops.forward_bytes(8, 2048, 80, 64, 128, itemsize=2) / 335e6 < 1.1
     assert 3 / 2 < ssd_flops.backward_bytes(8, 2048, 80, 64, 128, itemsize=2) / 335e6 < 1.6

@@ -56,8 +56,14 @@ def ssd(
         arrays["initial_state"] = inputs.initial_state
     y, final_state = _scan(arrays)
     if inputs.z is not None:
-        y = (y * jax.nn.silu(inputs.z.astype(jnp.float32))).astype(y.dtype)
+        y = _gate(y, inputs.z)
     return y, final_state
+
+
+# Computed again in the backward pass, which would otherwise be given four arrays in float32.
+@jax.checkpoint
+def _gate(y: jax.Array, z: jax.Array) -> jax.Array:
+    return (y * jax.nn.silu(z.astype(jnp.float32))).astype(y.dtype)
 
 
 def forward_pass(call: Call, arrays: Arrays, *, save_states: bool) -> Arrays:

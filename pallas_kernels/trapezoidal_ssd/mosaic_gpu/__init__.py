@@ -8,6 +8,8 @@ the kernels' masks know which rows are one token.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -68,11 +70,15 @@ def trapezoidal_ssd(
         arrays["D"] = inputs.D
     y, final_state = _scan(arrays)
     y = _as_ranks(y, rows)[:, :, :, :rank]
-    if not _is_output(inputs):
-        y = ranks.output(y.astype(jnp.float32), x, inputs.z, inputs._replace(D=None), norm_epsilon=norm_epsilon)
-    else:
-        y = y[:, :, :, 0]
-    return y.astype(inputs.x.dtype), final_state, *weights.last_token(inputs)
+    y = y[:, :, :, 0] if _is_output(inputs) else _output(y, x, inputs._replace(D=None), norm_epsilon)
+    return y, final_state, *weights.last_token(inputs)
+
+
+# Computed again in the backward pass, which would otherwise be given several arrays in float32.
+@functools.partial(jax.checkpoint, static_argnums=(3,))
+def _output(y: jax.Array, x: jax.Array, inputs: Inputs, norm_epsilon: float) -> jax.Array:
+    y = ranks.output(y.astype(jnp.float32), x, inputs.z, inputs, norm_epsilon=norm_epsilon)
+    return y.astype(inputs.x.dtype)
 
 
 def _input_per_rank(inputs: Inputs) -> jax.Array:
