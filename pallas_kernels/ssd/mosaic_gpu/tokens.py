@@ -25,7 +25,8 @@ HEADS = LANES
 """Heads of a block, a lane each; its warps take a quarter of the chunk each."""
 STEPS = CHUNK // WARPS
 PITCH = HEADS + 4
-"""Of rows in shared memory, such that the numbers of a column are in several banks."""
+"""Of rows in shared memory: eight pieces of 16 bytes below each other, which `ldmatrix` and `stmatrix` move at once,
+lie in all banks, and each begins at a multiple of 16 bytes."""
 
 BY_HEAD = register_tile([(WARPS, HEADS), (1, HEADS), (1, 1)], warp_dims=(-6,), lane_dims=(-3,), vector_dim=-1)
 BY_TOKEN = register_tile(
@@ -34,6 +35,7 @@ BY_TOKEN = register_tile(
     lane_dims=(-4, -6),
     vector_dim=-1,
 )
+"""A warp has a quarter of the heads; its lanes four heads and eight tokens at once, as these instructions have them."""
 
 _Sum = tuple[jax.Array, jax.Array]
 """A number and what its rounding took."""
