@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
@@ -41,7 +43,7 @@ class Linear(nnx.Module):
         self.compute_dtype = jnp.dtype(compute_dtype)
 
     def __call__(self, x: Float[Array, "*batch in_features"]) -> Float[Array, "*batch ..."]:
-        return self._product(x, self._weight(), self._bias())
+        return self._product(_matmul, x, self._weight(), self._bias())
 
     def parts(self, x: Float[Array, "*batch in_features"]) -> tuple[Float[Array, "*batch ..."], ...]:
         """The slices of the output's first dimension, each a product and an array of its own.
@@ -50,7 +52,8 @@ class Linear(nnx.Module):
         """
         weight, bias = self._weight(), self._bias()
         return tuple(
-            self._product(x, weight[:, part], None if bias is None else bias[part]) for part in range(weight.shape[1])
+            self._product(_matmul_apart, x, weight[:, part], None if bias is None else bias[part])
+            for part in range(weight.shape[1])
         )
 
     def _weight(self):
@@ -59,21 +62,39 @@ class Linear(nnx.Module):
     def _bias(self):
         return None if self.bias is None else sharding.gather(self.bias[...].astype(self.compute_dtype))
 
-    def _product(self, x, weight, bias):
-        batch_dims, out_dims = x.ndim - 1, weight.ndim - 1
-        letters = iter(string.ascii_letters)
-        batch = "".join(next(letters) for _ in range(batch_dims))
-        contracted = next(letters)
-        out = "".join(next(letters) for _ in range(out_dims))
-        y = jnp.einsum(
-            f"{batch}{contracted},{contracted}{out}->{batch}{out}",
-            x.astype(self.compute_dtype),
-            weight,
-            out_sharding=sharding.out_sharding(*sharding.spec_of(x)[:-1], *sharding.spec_of(weight)[1:]),
-        )
+    def _product(self, matmul: Callable[..., jax.Array], x, weight, bias):
+        y = matmul(x.astype(self.compute_dtype), weight)
         return y if bias is None else y + bias
 
     @property
     def flops(self) -> int:
         """Floating-point operations for one vector."""
         return 2 * self.weight.size
+
+
+def _matmul(x, weight):
+    """The product over the last dimension of x and the first of the weight."""
+    batch_dims, out_dims = x.ndim - 1, weight.ndim - 1
+    letters = iter(string.ascii_letters)
+    batch = "".join(next(letters) for _ in range(batch_dims))
+    contracted = next(letters)
+    out = "".join(next(letters) for _ in range(out_dims))
+    return jnp.einsum(
+        f"{batch}{contracted},{contracted}{out}->{batch}{out}",
+        x,
+        weight,
+        out_sharding=sharding.out_sharding(*sharding.spec_of(x)[:-1], *sharding.spec_of(weight)[1:]),
+    )
+
+
+@jax.custom_vjp
+def _matmul_apart(x, weight):
+    """As ``_matmul``. XLA makes one product of several with the same x; behind a barrier it is not the same."""
+    return _matmul(*jax.lax.optimization_barrier((x, weight)))
+
+
+# Without a rule of its own x would be kept for the backward pass from behind each barrier.
+_matmul_apart.defvjp(
+    lambda x, weight: (_matmul_apart(x, weight), (x, weight)),
+    lambda operands, dy: jax.vjp(_matmul, *operands)[1](dy),
+)
