@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -76,6 +76,15 @@ def _normal(key: jax.Array, *dims: int, dtype: Any = DTYPE) -> jax.Array:
     return jax.random.normal(key, dims, dtype)
 
 
+def _costs(count: Any, sizes: Sequence[int], direction: Direction) -> Costs:
+    """Costs by an operator's ``flops.py`` whose functions all take the same sizes."""
+    if direction == "forward":
+        moved, flops = count.forward_bytes(*sizes, itemsize=DTYPE.itemsize), count.forward(*sizes)
+    else:
+        moved, flops = count.backward_bytes(*sizes, itemsize=DTYPE.itemsize), count.backward(*sizes)
+    return Costs(moved, flops, count.exponentials(*sizes))
+
+
 def _make_selective_scan(key: jax.Array, shape: Shape) -> Arrays:
     batch, length, channels, state = (shape[dim] for dim in ("batch", "length", "channels", "state"))
     keys = jax.random.split(key, 8)
@@ -98,12 +107,7 @@ def _call_selective_scan(arrays: Arrays, **options: Any) -> Any:
 
 def _selective_scan_costs(shape: Shape, direction: Direction) -> Costs:
     sizes = [shape[dim] for dim in ("batch", "length", "channels", "state")]
-    count = selective_scan_flops
-    if direction == "forward":
-        moved, flops = count.forward_bytes(*sizes, itemsize=DTYPE.itemsize), count.forward(*sizes)
-    else:
-        moved, flops = count.backward_bytes(*sizes, itemsize=DTYPE.itemsize), count.backward(*sizes)
-    return Costs(moved, flops, count.exponentials(*sizes))
+    return _costs(selective_scan_flops, sizes, direction)
 
 
 def _make_ssd(key: jax.Array, shape: Shape) -> Arrays:
@@ -222,12 +226,7 @@ def _call_gated_rms_norm(arrays: Arrays, implementation: str) -> jax.Array:
 
 def _gated_rms_norm_costs(shape: Shape, direction: Direction) -> Costs:
     sizes = [shape[dim] for dim in ("batch", "length", "heads", "head_dim")]
-    count = gated_rms_norm_flops
-    if direction == "forward":
-        moved, flops = count.forward_bytes(*sizes, itemsize=DTYPE.itemsize), count.forward(*sizes)
-    else:
-        moved, flops = count.backward_bytes(*sizes, itemsize=DTYPE.itemsize), count.backward(*sizes)
-    return Costs(moved, flops, count.exponentials(*sizes))
+    return _costs(gated_rms_norm_flops, sizes, direction)
 
 
 def _make_attention(key: jax.Array, shape: Shape) -> Arrays:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,3 +51,23 @@ def no_shape_checks() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# Imported in the fixtures: the packages must not be before ``pytest_configure``.
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Runs GPU kernels in Pallas' interpreter."""
+    from pallas_kernels.mosaic_gpu_compat import plgpu
+
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield
+
+
+@pytest.fixture
+def any_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets GPU kernels be traced where they could not run."""
+    for operator in ("selective_scan", "causal_conv1d", "ssd", "keep_above", "gated_rms_norm"):
+        kernels = importlib.import_module(f"pallas_kernels.{operator}.mosaic_gpu")
+        monkeypatch.setattr(kernels, "missing_hardware", lambda *_: None)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
@@ -30,6 +29,7 @@ from pallas_kernels.mosaic_gpu_compat import (
     synchronize,
 )
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
+from pallas_kernels.mosaic_gpu_stream import Stream, stream_barriers
 
 ON_TRIAL = True
 
@@ -172,8 +172,7 @@ class _Tokens:
         scratch = {
             **{name: plgpu.SMEM((_STAGES, *self.channels), self.inputs[name].dtype) for name in streamed},
             "sums": plgpu.SMEM((2, sums, WARPS), jnp.float32),
-            "full": plgpu.Barrier(num_arrivals=len(streamed), num_barriers=_STAGES),
-            "free": plgpu.Barrier(num_barriers=_STAGES),
+            **stream_barriers(len(streamed), _STAGES),
         }
         grid = {"group": self.groups, "batch": self.batch, "part": self.parts}
         return launch("gated_rms_norm", body, self.inputs, outputs, scratch, grid)
@@ -188,28 +187,12 @@ class _Tokens:
         first = part * self.tokens_per_part
         count = jnp.minimum(self.tokens_per_part, self.length - first)
 
-        def load(i: Any, slot: Any) -> None:
-            for name in streamed:
-                source = gmem[name].at[batch, first + i, group]
-                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], smem["full"].at[slot])
+        def sources(i: Any) -> Refs:
+            return {name: gmem[name].at[batch, first + i, group] for name in streamed}
 
-        for i in range(_STAGES):
-            pl.when(i < count)(functools.partial(load, i, i))
-
-        def step(i: Any, carry: Any) -> Any:
-            slot = lax.rem(i, _STAGES)
-            plgpu.barrier_wait(smem["full"].at[slot])
-            carry = work((batch, first + i, group), {name: smem[name].at[slot] for name in streamed}, carry)
-            plgpu.barrier_arrive(smem["free"].at[slot])
-
-            @pl.when(i + _STAGES < count)
-            def _() -> None:
-                plgpu.barrier_wait(smem["free"].at[slot])
-                load(i + _STAGES, slot)
-
-            return carry
-
-        return lax.fori_loop(0, count, step, carry)
+        stream = Stream(smem, sources, count, _STAGES)
+        stream.start()
+        return stream.walk(lambda i, refs, carry: work((batch, first + i, group), refs, carry), carry)
 
     def sums(self, smem: Refs, token: tuple[Any, ...], *terms: jax.Array) -> list[jax.Array]:
         """Sums over all channels, of every warp."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +17,6 @@ from pallas_kernels.causal_conv1d.inputs import Inputs
 from pallas_kernels.causal_conv1d.mosaic_gpu import geometry
 from pallas_kernels.causal_conv1d.mosaic_gpu.geometry import Geometry
 from pallas_kernels.implementation import UnsupportedError
-from pallas_kernels.mosaic_gpu_compat import plgpu
 
 FORWARD_ERROR = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
 GRADIENT_ERROR = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
@@ -123,12 +122,6 @@ def assert_right(inputs: Inputs, activation: str | None = "silu", run: Callable[
     dtype = inputs.x.dtype.name
     assert_close(got[0], want[0], FORWARD_ERROR[dtype])
     assert_close(got[1], want[1], GRADIENT_ERROR[dtype])
-
-
-@pytest.fixture
-def interpreted() -> Iterator[None]:
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        yield
 
 
 @pytest.fixture

@@ -8,11 +8,8 @@ import pytest
 from jax import lax
 
 from benchmarks.operators import OPERATORS
-from pallas_kernels.causal_conv1d import mosaic_gpu as causal_conv1d_kernels
 from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import launch
-from pallas_kernels.selective_scan import mosaic_gpu as selective_scan_kernels
-from pallas_kernels.ssd import mosaic_gpu as ssd_kernels
 from pallas_kernels.ssd.mosaic_gpu import blocks
 from tests.pallas_kernels.fences import unfenced
 
@@ -40,13 +37,6 @@ CASES = {
     ),
 }
 """Shapes, and the kernels of a call and its gradient."""
-
-
-@pytest.fixture
-def any_hardware(monkeypatch):
-    """Lets the kernels be traced where they could not run."""
-    for operator in (selective_scan_kernels, causal_conv1d_kernels, ssd_kernels):
-        monkeypatch.setattr(operator, "missing_hardware", lambda *_: None)
 
 
 @pytest.mark.usefixtures("any_hardware")

@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.gated_rms_norm import gated_rms_norm, mosaic_gpu, reference, xla
 from pallas_kernels.gated_rms_norm.inputs import Inputs
 from pallas_kernels.implementation import UnsupportedError
-from pallas_kernels.mosaic_gpu_compat import plgpu
 from tests.pallas_kernels.fences import unfenced
 
 EPSILON = 1e-2
@@ -63,17 +62,6 @@ def assert_right(got, want: dict[str, np.ndarray], bar: float) -> None:
     for array, (name, truth) in zip(got, want.items(), strict=True):
         error = np.linalg.norm(np.asarray(array, np.float64) - truth) / np.linalg.norm(truth)
         assert error < bar, f"{name} is {error:.1e} off"
-
-
-@pytest.fixture
-def interpreted():
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        yield
-
-
-@pytest.fixture
-def any_hardware(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "missing_hardware", lambda *_: None)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.implementation import UnsupportedError
 from pallas_kernels.keep_above import keep_above, mosaic_gpu, xla
 from pallas_kernels.keep_above.inputs import Inputs
-from pallas_kernels.mosaic_gpu_compat import plgpu
 from tests.pallas_kernels.fences import unfenced
 
 FILL = -1e4
@@ -47,17 +46,6 @@ def assert_same_bits(y, expected) -> None:
     assert y.dtype == expected.dtype
     bits = [np.asarray(array).view(f"u{array.dtype.itemsize}") for array in (y, expected)]
     np.testing.assert_array_equal(bits[0], bits[1])
-
-
-@pytest.fixture
-def interpreted():
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        yield
-
-
-@pytest.fixture
-def any_hardware(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "missing_hardware", lambda *_: None)
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -12,6 +12,7 @@ from jax import lax
 
 from pallas_kernels.mosaic_gpu_compat import plgpu, store
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
+from pallas_kernels.mosaic_gpu_stream import Stream, stream_barriers
 from pallas_kernels.ssd.mosaic_gpu import blocks
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem
 
@@ -65,8 +66,7 @@ def gradient(
         "other": blocks.operand(CHUNK, width, dtype=operand_dtype),
         "weights": blocks.operand(CHUNK, CHUNK, dtype=operand_dtype),
         "loaded": plgpu.Barrier(num_arrivals=2),
-        "full": plgpu.Barrier(num_arrivals=len(streamed), num_barriers=stages),
-        "free": plgpu.Barrier(num_barriers=stages),
+        **stream_barriers(len(streamed), stages),
     }
 
     def matrix_gradient(gmem: Refs, smem: Refs) -> None:
@@ -74,39 +74,27 @@ def gradient(
         first_head, rows = group * p.heads_per_group + split * heads, blocks.chunk_rows(chunk)
         states = pl.ds(first, width)
 
-        def load(i: Any, slot: Any) -> None:
+        def sources(i: Any) -> Refs:
             head = first_head + i
-            sources = {
+            return {
                 "signal": gmem["signal"].at[batch, rows, blocks.head_channels(head)],
                 "states": gmem["states"].at[batch, head, chunk, :, states],
                 "tokens": gmem["tokens"].at[batch, p.token_head(head), chunk],
             }
-            for name, source in sources.items():
-                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], smem["full"].at[slot])
 
-        for i in range(stages):
-            load(i, i)
+        stream = Stream(smem, sources, heads, stages)
+        stream.start()
         other = gmem["other"].at[batch, rows, pl.ds(group * p.state + first, width)]
         plgpu.copy_gmem_to_smem(other, smem["other"], smem["loaded"])
         plgpu.copy_gmem_to_smem(gmem["weights"].at[split, batch, group, chunk], smem["weights"], smem["loaded"])
 
-        def work(i: Any, total: jax.Array) -> jax.Array:
-            slot = lax.rem(i, stages)
-            plgpu.barrier_wait(smem["full"].at[slot])
-            signal, states, tokens = (smem[name].at[slot] for name in ("signal", "states", "tokens"))
-            weighted = into_state(signal, tokens) if name == "B" else from_state(signal, tokens)
-            total = blocks.product((weighted, states), plus=total)
-            plgpu.barrier_arrive(smem["free"].at[slot])
-
-            @pl.when(i + stages < heads)
-            def _() -> None:
-                plgpu.barrier_wait(smem["free"].at[slot])
-                load(i + stages, slot)
-
-            return total
+        def work(i: Any, refs: Refs, total: jax.Array) -> jax.Array:
+            del i
+            weighted = (into_state if name == "B" else from_state)(refs["signal"], refs["tokens"])
+            return blocks.product((weighted, refs["states"]), plus=total)
 
         zeros = plgpu.layout_cast(jnp.zeros((CHUNK, width), jnp.float32), blocks.LAYOUT)
-        total = lax.fori_loop(0, heads, work, zeros)
+        total = stream.walk(work, zeros)
         plgpu.barrier_wait(smem["loaded"])
         weights = blocks.transposed(smem["weights"]) if name == "B" else smem["weights"]
         total = blocks.product((weights, smem["other"]), plus=total)

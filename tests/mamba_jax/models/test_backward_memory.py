@@ -10,20 +10,9 @@ from flax import nnx
 from mamba_jax.layers.norm import RMSNorm
 from mamba_jax.models.language_model import LanguageModelConfig
 from pallas_kernels import implementation
-from pallas_kernels.causal_conv1d import mosaic_gpu as causal_conv1d_kernels
-from pallas_kernels.selective_scan import mosaic_gpu as selective_scan_kernels
-from pallas_kernels.ssd import mosaic_gpu as ssd_kernels
 
 BATCH, LENGTH, WIDTH = 2, 192, 256
 HIDDEN = 2 * WIDTH
-
-
-@pytest.fixture
-def gpu_kernels(monkeypatch):
-    """Lets the kernels be chosen and traced where they could not run."""
-    monkeypatch.setattr(implementation, "backend", lambda: "gpu")
-    for operator in (selective_scan_kernels, causal_conv1d_kernels, ssd_kernels):
-        monkeypatch.setattr(operator, "missing_hardware", lambda *_: None)
 
 
 def kept(function, *arguments):
@@ -31,9 +20,11 @@ def kept(function, *arguments):
     return jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(function, *a)[1], *arguments))
 
 
-@pytest.mark.usefixtures("gpu_kernels")
+@pytest.mark.usefixtures("any_hardware")
 @pytest.mark.parametrize("pattern", ["M", "2", "3"])
-def test_no_token_s_channels_are_kept_in_float32(pattern):
+def test_no_token_s_channels_are_kept_in_float32(monkeypatch, pattern):
+    # As where there is a GPU, the kernels are chosen.
+    monkeypatch.setattr(implementation, "backend", lambda: "gpu")
     config = LanguageModelConfig(vocab_size=256, width=WIDTH, pattern=pattern, repeats=1, compute_dtype="bfloat16")
     model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
