@@ -2,8 +2,9 @@
 
     python benchmarks/train_step.py [--models mamba_130m:8x2048 …] [--decode mamba_130m:64] [--out FILE.json]
 
-Prints a table: milliseconds of an update (median), tokens a second, share of the device's peak, peak memory. A model is
-NAME:BATCHxLENGTH; weights and tokens are random.
+Prints a table: milliseconds of an update, tokens a second, share of the device's peak, peak memory. Updates follow each
+other as in training, without waiting for each; the time is the median of three rounds of them. A model is
+NAME:BATCHxLENGTH; weights and tokens are random. ``--layers loop`` compiles a loop over the layers.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from train.metrics import peak_flops_per_second
 from train.step import init_state, make_train_step
 
 
-def time_training(name: str, batch_size: int, length: int, remat: str, steps: int) -> dict[str, object]:
+def time_training(name: str, batch_size: int, length: int, *, remat: str, layers: str, steps: int) -> dict[str, object]:
     model = preset(name, compute_dtype="bfloat16", remat=remat)
     experiment = Experiment(
         model=model,
         data=DataConfig(global_batch_size=batch_size, sequence_length=length),
-        train=TrainConfig(steps=1000, loss_chunk=4096),
+        train=TrainConfig(steps=1000, loss_chunk=4096, unroll_layers=layers == "unrolled"),
         optimizer=OptimizerConfig(),
     )
     state = jax.jit(lambda: init_state(experiment))()
@@ -47,11 +48,12 @@ def time_training(name: str, batch_size: int, length: int, remat: str, steps: in
     jax.block_until_ready(metrics)
     compile_seconds = time.perf_counter() - began
     times = []
-    for _ in range(steps):
+    for _ in range(3):
         began = time.perf_counter()
-        state, metrics = train_step(state, batch)
+        for _ in range(steps):
+            state, metrics = train_step(state, batch)
         jax.block_until_ready((state, metrics))
-        times.append(time.perf_counter() - began)
+        times.append((time.perf_counter() - began) / steps)
     seconds = statistics.median(times)
     flops = 3 * batch_size * state.model.flops(length)
     peak = peak_flops_per_second(jax.devices()[0].device_kind)
@@ -60,6 +62,7 @@ def time_training(name: str, batch_size: int, length: int, remat: str, steps: in
         "model": name,
         "batch": f"{batch_size}x{length}",
         "remat": remat,
+        "layers": layers,
         "ms": 1e3 * seconds,
         "tokens_per_second": batch_size * length / seconds,
         "mfu": flops / seconds / peak if peak else None,
@@ -96,7 +99,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["mamba_130m:8x2048"])
     parser.add_argument("--decode", nargs="*", default=[])
     parser.add_argument("--remat", default="none", choices=["none", "dots", "full"])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--layers", default="unrolled", choices=["unrolled", "loop"])
+    parser.add_argument("--steps", type=int, default=20, help="updates in a round")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
@@ -109,7 +113,9 @@ def main() -> None:
     for spec in args.models:
         name, _, shape = spec.partition(":")
         batch_size, length = map(int, shape.split("x"))
-        rows.append(show(time_training(name, batch_size, length, args.remat, args.steps)))
+        rows.append(
+            show(time_training(name, batch_size, length, remat=args.remat, layers=args.layers, steps=args.steps))
+        )
     for spec in args.decode:
         name, _, batch_size = spec.partition(":")
         rows.append(show(time_decoding(name, int(batch_size))))

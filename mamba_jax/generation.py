@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from mamba_jax import sharding
 from mamba_jax.mixers.base import Leaf
+from mamba_jax.models.decoder import Decoder
 from mamba_jax.models.language_model import LanguageModel
 
 Prompt = Sequence[int] | Integer[np.ndarray, " _"]
@@ -201,7 +202,7 @@ class _Decoding:
     """New tokens so far."""
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "count"))
+@functools.partial(jax.jit, static_argnames=("sampling", "count"), donate_argnames="decoding")
 def _decode(
     model: LanguageModel,
     decoding: _Decoding,
@@ -212,6 +213,7 @@ def _decode(
 ) -> tuple[_Decoding, Int[Array, "batch count"], Int[Array, " batch"]]:
     """Draws up to ``count`` tokens a row; returns them with the number of them that precede a stop token."""
     batch_size = decoding.finished.shape[0]
+    decoder = Decoder(model)
 
     def unfinished(carry):
         i, decoding, _, _ = carry
@@ -221,18 +223,18 @@ def _decode(
         i, decoding, tokens, lengths = carry
         token = sample(jax.random.fold_in(key, decoding.position), decoding.logits, sampling)
         finished = decoding.finished | jnp.any(token[:, None] == stop_tokens, axis=-1)
-        logits, state = model.step(token, decoding.state)
+        logits, state = decoder.step(token, decoding.state)
         decoding = _Decoding(logits, state, finished, decoding.position + 1)
         return i + 1, decoding, tokens.at[:, i].set(token), lengths + ~finished
 
     start = (
         jnp.zeros((), jnp.int32),
-        decoding,
+        dataclasses.replace(decoding, state=decoder.split(decoding.state)),
         jnp.zeros((batch_size, count), jnp.int32),
         jnp.zeros((batch_size,), jnp.int32),
     )
     _, decoding, tokens, lengths = jax.lax.while_loop(unfinished, next_token, start)
-    return decoding, tokens, lengths
+    return dataclasses.replace(decoding, state=decoder.join(decoding.state)), tokens, lengths
 
 
 def _in_nucleus(logits: Float[Array, "batch vocabulary"], top_p: float) -> Bool[Array, "batch vocabulary"]:

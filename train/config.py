@@ -34,6 +34,8 @@ class TrainConfig:
     """Weight of mean(log(sum(exp(logits)))**2), which keeps the logits from drifting (PaLM uses 1e-4)."""
     loss_chunk: int = 2048
     """Tokens a device turns into logits at a time; the logits of a whole batch are never in memory."""
+    unroll_layers: bool | None = None
+    """Compile every layer by itself instead of a loop over them: faster, but compiles longer; None does so on GPUs."""
     ema_decay: float | None = None
     """Decay of an exponential moving average of the parameters, used for evaluation; None keeps no average."""
     log_every: int = 10

@@ -103,12 +103,12 @@ def _local(hidden, output_weight, targets, weights, *, z_loss, chunk_size, with_
         sums, d_output_weight = carry
         hidden, targets, weights = chunk
         logits = jnp.dot(hidden, output_weight, preferred_element_type=jnp.float32)
-        is_target = (targets - first_token)[:, None] == jnp.arange(vocab)
+        target = targets - first_token
         maximum = jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axes) if vocab_axes else jnp.max(logits, axis=-1)
         unnormalised = jnp.exp(logits - maximum[:, None])
         normaliser = _sum_over(jnp.sum(unnormalised, axis=-1), vocab_axes)
         log_normaliser = maximum + jnp.log(normaliser)
-        target_logit = _sum_over(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), vocab_axes)
+        target_logit = _sum_over(_entries(logits, target), vocab_axes)
         nll = log_normaliser - target_logit
         objective = nll + z_loss * jnp.square(log_normaliser)
         # A padded or masked token contributes exactly zero, whatever its logits are.
@@ -117,7 +117,7 @@ def _local(hidden, output_weight, targets, weights, *, z_loss, chunk_size, with_
         if not with_gradients:
             return (sums, None), None
         softmax = unnormalised / normaliser[:, None]
-        d_logits = softmax * (1.0 + 2.0 * z_loss * log_normaliser)[:, None] - is_target
+        d_logits = softmax * (1.0 + 2.0 * z_loss * log_normaliser)[:, None] - (target[:, None] == jnp.arange(vocab))
         d_logits = jnp.where(weights[:, None] == 0, 0.0, d_logits * weights[:, None]).astype(hidden.dtype)
         d_hidden = _sum_over(jnp.dot(d_logits, output_weight.T, preferred_element_type=jnp.float32), vocab_axes)
         d_output_weight += jnp.dot(hidden.T, d_logits, preferred_element_type=jnp.float32)
@@ -136,6 +136,13 @@ def _local(hidden, output_weight, targets, weights, *, z_loss, chunk_size, with_
         return sums, None
     d_hidden = chunks.join(d_hidden).reshape(hidden.shape)
     return sums, (d_hidden, _sum_over(d_output_weight, token_axes).astype(output_weight.dtype))
+
+
+def _entries(rows, places):
+    """One entry of each row, by its place; zero where the row, which is part of a longer one, does not have it."""
+    last = rows.shape[1] - 1
+    entries = jnp.take_along_axis(rows, jnp.clip(places, 0, last)[:, None], axis=1)[:, 0]
+    return jnp.where((places >= 0) & (places <= last), entries, 0.0)
 
 
 class _Chunks(NamedTuple):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 from mamba_jax import sharding
 from mamba_jax.mixers.base import Leaf
 from mamba_jax.models.language_model import LanguageModel
+from pallas_kernels.implementation import backend
 from train.config import Experiment
 from train.loss import LossSums, cross_entropy
 from train.optimizer import adamw, learning_rate
@@ -63,9 +64,11 @@ def init_state(experiment: Experiment) -> TrainState:
     )
 
 
-def loss_sums(model: LanguageModel, batch: Batch, *, z_loss: float, chunk_size: int) -> LossSums:
+def loss_sums(
+    model: LanguageModel, batch: Batch, *, z_loss: float, chunk_size: int, unroll_layers: bool = False
+) -> LossSums:
     """Loss of one batch, summed over its tokens."""
-    hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
+    hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"], unroll=unroll_layers)
     return cross_entropy(
         hidden,
         model.output_weight(),
@@ -81,9 +84,10 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
     config = experiment.train
     optimizer = adamw(experiment.optimizer, config.steps)
     rate = learning_rate(experiment.optimizer, config.steps)
+    unroll_layers = backend() == "gpu" if config.unroll_layers is None else config.unroll_layers
 
     def objective(model: LanguageModel, batch: Batch) -> tuple[Float[Array, ""], LossSums]:
-        sums = loss_sums(model, batch, z_loss=config.z_loss, chunk_size=config.loss_chunk)
+        sums = loss_sums(model, batch, z_loss=config.z_loss, chunk_size=config.loss_chunk, unroll_layers=unroll_layers)
         return sums.objective, sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -48,13 +48,23 @@ class Linear(nnx.Module):
     def parts(self, x: Float[Array, "*batch in_features"]) -> tuple[Float[Array, "*batch ..."], ...]:
         """The slices of the output's first dimension, each a product and an array of its own.
 
-        A kernel takes whole arrays: a slice of one product would be copied for it.
+        A kernel takes whole arrays: a slice of one product would be copied for it. Of one token a row, ``x`` having no
+        length, the weight is what would be copied.
         """
+        if x.ndim == 2:
+            y = self(x)
+            return tuple(y[:, part] for part in range(y.shape[1]))
         weight, bias = self._weight(), self._bias()
         return tuple(
             self._product(_matmul_apart, x, weight[:, part], None if bias is None else bias[part])
             for part in range(weight.shape[1])
         )
+
+    def round(self) -> None:
+        """Rounds weight and bias to the compute dtype for good, which each use would do again."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.set_value(parameter[...].astype(self.compute_dtype))
 
     def _weight(self):
         return sharding.gather(self.weight[...].astype(self.compute_dtype))
@@ -89,12 +99,15 @@ def _matmul(x, weight):
 
 @jax.custom_vjp
 def _matmul_apart(x, weight):
-    """As ``_matmul``. XLA makes one product of several with the same x; behind a barrier it is not the same."""
+    """As ``_matmul``. XLA makes one product of several with the same x; behind a barrier it is not the same.
+
+    Nor is it for the weight's gradient, before whose one product the gradients of the parts would be copied together.
+    """
     return _matmul(*jax.lax.optimization_barrier((x, weight)))
 
 
 # Without a rule of its own x would be kept for the backward pass from behind each barrier.
 _matmul_apart.defvjp(
     lambda x, weight: (_matmul_apart(x, weight), (x, weight)),
-    lambda operands, dy: jax.vjp(_matmul, *operands)[1](dy),
+    lambda operands, dy: jax.vjp(_matmul, *jax.lax.optimization_barrier(operands))[1](dy),
 )

@@ -101,7 +101,7 @@ class DecimatedLanguageModel(LanguageModel):
         state: Any = None,
         segment_ids: Int[Array, "batch length"] | None = None,
     ) -> tuple[Float[Array, "batch length width"], Any]:
-        x = self._embed(tokens)
+        x = self.embed(tokens)
         states = (None,) * len(self.config.pattern) if state is None else state
         left: list[tuple[Array, Array]] = []
         new_states = []
@@ -119,7 +119,7 @@ class DecimatedLanguageModel(LanguageModel):
             new_states.append(run_states)
         for before, kept in reversed(left):
             x = _put_back(before, kept, x)
-        return self._output(x), jax.tree.map(lambda *runs: jnp.concatenate(runs), *new_states)
+        return self.output(x), jax.tree.map(lambda *runs: jnp.concatenate(runs), *new_states)
 
     def map_mixers(self, function, tokens):
         raise ValueError(

@@ -130,14 +130,23 @@ class LanguageModel(nnx.Module):
         *,
         state: Any = None,
         segment_ids: Int[Array, "batch length"] | None = None,
+        unroll: bool = False,
     ) -> tuple[Float[Array, "batch length width"], Any]:
-        """What the output layer sees, in the compute dtype, and the state after the last token."""
+        """What the output layer sees, in the compute dtype, and the state after the last token.
+
+        ``unroll`` compiles every repeat of the pattern by itself instead of a loop over them: what the backward pass
+        needs is then used where it is, while a loop copies it into and out of arrays of all repeats. It computes the
+        same and compiles longer.
+        """
         states = (None,) * len(self.config.pattern) if state is None else state
-        x, state = self._repeat_blocks(self._embed(tokens), tuple(self.blocks), states, segment_ids)
-        return self._output(x), state
+        x, state = self._repeat_blocks(self.embed(tokens), tuple(self.blocks), states, segment_ids, unroll=unroll)
+        return self.output(x), state
 
     def step(self, token: Int[Array, " batch"], state: Any) -> tuple[Float[Array, "batch vocabulary"], Any]:
-        """Logits (float32) of the token after this one, and the new state, in the recurrent form."""
+        """Logits (float32) of the token after this one, and the new state, in the recurrent form.
+
+        Loops over tokens take ``mamba_jax.models.decoder``, which computes the same in less time.
+        """
 
         def repeat(x, blocks_and_states):
             new_states = []
@@ -146,8 +155,8 @@ class LanguageModel(nnx.Module):
                 new_states.append(block_state)
             return x, tuple(new_states)
 
-        x, state = jax.lax.scan(repeat, self._embed(token), (tuple(self.blocks), state))
-        return self.logits(self._output(x)), state
+        x, state = jax.lax.scan(repeat, self.embed(token), (tuple(self.blocks), state))
+        return self.logits(self.output(x)), state
 
     def init_state(self, batch_size: int) -> Any:
         """State before the first token."""
@@ -169,21 +178,31 @@ class LanguageModel(nnx.Module):
                 x, _ = block(x, state=None, segment_ids=None)
             return x, tuple(results)
 
-        return jax.lax.scan(repeat, self._embed(tokens), tuple(self.blocks))[1]
+        return jax.lax.scan(repeat, self.embed(tokens), tuple(self.blocks))[1]
 
     def mixer_and_input(self, tokens: Int[Array, "batch length"], layer: int) -> tuple[Any, Any]:
         """The mixer of one layer, counted from the bottom, and the sequence it sees; runs the layers below it."""
         repeat, place = divmod(layer, len(self.config.pattern))
         below = jax.tree.map(lambda stacked: stacked[:repeat], tuple(self.blocks))
-        x, _ = self._repeat_blocks(self._embed(tokens), below, (None,) * len(below), None)
+        x, _ = self._repeat_blocks(self.embed(tokens), below, (None,) * len(below), None)
         blocks = jax.tree.map(lambda stacked: stacked[repeat], tuple(self.blocks))
         for block in blocks[:place]:
             x, _ = block(x, state=None, segment_ids=None)
         return blocks[place].mixer, blocks[place].normalise(x)
 
-    def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocabulary"]:
-        """Scores of every token of the vocabulary, float32."""
-        weight = self.output_weight()
+    def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+        """What the first block sees."""
+        return self.embedding(tokens, jnp.float32 if self.config.residual_in_float32 else self._compute_dtype)
+
+    def output(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """What the output layer sees of what comes out of the last block, in the compute dtype."""
+        return self.norm(x).astype(self._compute_dtype)
+
+    def logits(
+        self, hidden: Float[Array, "*batch width"], weight: Float[Array, "width vocabulary"] | None = None
+    ) -> Float[Array, "*batch vocabulary"]:
+        """Scores of every token of the vocabulary, float32; ``weight`` is ``output_weight()`` where that is at hand."""
+        weight = self.output_weight() if weight is None else weight
         return jnp.einsum(
             "...w,wv->...v",
             hidden,
@@ -208,7 +227,7 @@ class LanguageModel(nnx.Module):
     def _compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.compute_dtype)
 
-    def _repeat_blocks(self, x, blocks, states, segment_ids):
+    def _repeat_blocks(self, x, blocks, states, segment_ids, *, unroll=False):
         """Residual stream and states after stacked blocks, one or more of each place of the pattern."""
 
         def repeat(x, blocks_and_states):
@@ -218,19 +237,15 @@ class LanguageModel(nnx.Module):
                 new_states.append(block_state)
             return x, tuple(new_states)
 
-        return jax.lax.scan(self._checkpointed(repeat), x, (blocks, states))
+        # Jitted, it is lowered once, however often it is repeated.
+        repeat = jax.jit(self._checkpointed(repeat, prevent_cse=unroll))
+        return jax.lax.scan(repeat, x, (blocks, states), unroll=unroll)
 
-    def _embed(self, tokens):
-        return self.embedding(tokens, jnp.float32 if self.config.residual_in_float32 else self._compute_dtype)
-
-    def _output(self, x):
-        return self.norm(x).astype(self._compute_dtype)
-
-    def _checkpointed(self, repeat):
+    def _checkpointed(self, repeat, *, prevent_cse):
         if self.config.remat == "none":
             return repeat
-        # Inside a scan the compiler cannot merge the recomputation with the forward pass: no need to prevent it.
-        return jax.checkpoint(repeat, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+        # Inside a loop the compiler cannot merge the recomputation with the forward pass: no need to prevent it.
+        return jax.checkpoint(repeat, policy=REMAT_POLICIES[self.config.remat], prevent_cse=prevent_cse)
 
     def _untied_head(self, rngs: nnx.Rngs) -> Linear:
         config = self.config

@@ -31,18 +31,17 @@ from pallas_kernels.mosaic_gpu_compat import (
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.mosaic_gpu_stream import Stream, stream_barriers
 
-ON_TRIAL = True
-
 _VECTOR = 4
 """Channels that a lane loads at once."""
 _SPAN = LANES * _VECTOR
 """Channels that a warp loads at once."""
 _MAX_WIDTH = 8192
 """Channels of a group: of more, a lane's do not fit in its registers."""
-_BLOCKS = 4 * 132
-"""At least so many, where there are as many tokens: a few for each of an H200's multiprocessors."""
-_STAGES = 3
-"""Tokens in shared memory at once."""
+_FORWARD_BLOCKS, _BACKWARD_BLOCKS = 8 * 132, 4 * 132
+"""At least so many, where there are as many tokens: a few for each of an H200's multiprocessors. Backward each block
+leaves a sum behind."""
+_STAGES = 2
+"""Tokens in shared memory at once, of each block."""
 
 _CHANNELS = register_tile(
     [(WARPS, 1, _SPAN), (1, 1, _SPAN), (1, 1, _VECTOR)], warp_dims=(-9,), lane_dims=(-4,), vector_dim=-1
@@ -93,7 +92,7 @@ def _batched(run: Callable[..., Arrays], groups: int, epsilon: float) -> Callabl
 
 
 def _forward(arrays: Arrays, *, groups: int, epsilon: float) -> Arrays:
-    tokens = _Tokens(arrays, groups)
+    tokens = _Tokens(arrays, groups, _FORWARD_BLOCKS)
 
     def forward(gmem: Refs, smem: Refs) -> None:
         def work(token: Any, refs: Refs, carry: None) -> None:
@@ -112,7 +111,7 @@ def _forward(arrays: Arrays, *, groups: int, epsilon: float) -> Arrays:
 
 
 def _backward(arrays: Arrays, *, groups: int, epsilon: float) -> Arrays:
-    tokens = _Tokens(arrays, groups)
+    tokens = _Tokens(arrays, groups, _BACKWARD_BLOCKS)
     streamed = ("x", "z", "dy")
 
     def backward(gmem: Refs, smem: Refs) -> None:
@@ -154,11 +153,11 @@ def _backward(arrays: Arrays, *, groups: int, epsilon: float) -> Arrays:
 class _Tokens:
     """How the tokens of a call are cut, and the way of a block through its own."""
 
-    def __init__(self, arrays: Arrays, groups: int) -> None:
+    def __init__(self, arrays: Arrays, groups: int, blocks: int) -> None:
         self.batch, self.length, heads, head_dim = arrays["x"].shape
         self.groups, self.width = groups, heads // groups * head_dim
         self.channels = (WARPS, self.width // (WARPS * _SPAN), _SPAN)
-        self.parts = min(self.length, -(-_BLOCKS // (self.batch * groups)))
+        self.parts = min(self.length, -(-blocks // (self.batch * groups)))
         self.tokens_per_part = -(-self.length // self.parts)
         self.parts = -(-self.length // self.tokens_per_part)
         self.inputs = {name: array.reshape(*array.shape[:-2], groups, *self.channels) for name, array in arrays.items()}

@@ -104,7 +104,8 @@ def test_xla_keeps_nothing_for_the_backward_pass_but_a_number_a_head():
 )
 def test_interpreted_kernels_compute_the_formula_and_its_gradient(monkeypatch, shape, groups, dtype):
     # So that a block has several tokens, more than it holds at once, and the last one fewer.
-    monkeypatch.setattr(mosaic_gpu, "_BLOCKS", 4)
+    for blocks in ("_FORWARD_BLOCKS", "_BACKWARD_BLOCKS"):
+        monkeypatch.setattr(mosaic_gpu, blocks, 4)
     inputs, dy = make(*shape, dtype)
     got = results(mosaic_gpu, inputs, dy, groups=groups)
     assert_right(got, expected(inputs, dy, groups=groups), 3e-3 if dtype == "bfloat16" else 1e-6)
