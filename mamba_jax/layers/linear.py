@@ -97,8 +97,7 @@ def _matmul(x, weight):
     )
 
 
-@jax.custom_vjp
-def _matmul_apart(x, weight):
+def _product_apart(x, weight):
     """As ``_matmul``. XLA makes one product of several with the same x; behind a barrier it is not the same.
 
     Nor is it for the weight's gradient, before whose one product the gradients of the parts would be copied together.
@@ -106,8 +105,9 @@ def _matmul_apart(x, weight):
     return _matmul(*jax.lax.optimization_barrier((x, weight)))
 
 
+_matmul_apart = jax.custom_vjp(_product_apart)
 # Without a rule of its own x would be kept for the backward pass from behind each barrier.
 _matmul_apart.defvjp(
-    lambda x, weight: (_matmul_apart(x, weight), (x, weight)),
+    lambda x, weight: (_product_apart(x, weight), (x, weight)),
     lambda operands, dy: jax.vjp(_matmul, *jax.lax.optimization_barrier(operands))[1](dy),
 )

@@ -105,6 +105,22 @@ def test_accumulating_gradients_equals_one_big_batch(parts):
     assert_models_close(accumulated.model, whole.model, rtol=1e-2, atol=2e-4)
 
 
+def test_unrolled_layers_train_alike_and_are_what_none_means_on_a_gpu(monkeypatch):
+    looped, looped_metrics = run()
+    unrolled, metrics = run(with_train(unroll_layers=True))
+    np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in looped_metrics], rtol=1e-5)
+    assert_models_close(unrolled.model, looped.model, rtol=1e-2, atol=2e-4)
+
+    def program(experiment):
+        return str(
+            make_train_step(experiment).trace(jax.eval_shape(lambda: init_state(experiment)), make_batch()).jaxpr
+        )
+
+    assert program(EXPERIMENT) == program(with_train(unroll_layers=False)) != program(with_train(unroll_layers=True))
+    monkeypatch.setattr("train.step.backend", lambda: "gpu")
+    assert program(EXPERIMENT) == program(with_train(unroll_layers=True))
+
+
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -119,7 +135,8 @@ def test_accumulating_gradients_equals_one_big_batch(parts):
 )
 def test_sharded_training_equals_unsharded(mesh):
     # The parts of a batch lie across the devices too: with both, each device must find its own rows.
-    experiment = with_train(gradient_accumulation=2) if mesh.replica > 1 else EXPERIMENT
+    # Layers are unrolled on some meshes, as they are on GPUs, and looped over on others.
+    experiment = with_train(gradient_accumulation=2 if mesh.replica > 1 else 1, unroll_layers=mesh.data == 1)
     expected, expected_metrics = run()
     devices = jax.devices()[: np.prod(list(dataclasses.asdict(mesh).values()))]
     with jax.set_mesh(made := make_mesh(mesh, devices)):

@@ -45,8 +45,21 @@ def test_parts_keep_their_input_once():
     assert [array.shape for array in kept].count(arguments[1].shape) == 1
 
 
+def test_a_checkpoint_that_keeps_products_keeps_those_of_parts():
+    parts, arguments = run(lambda layer, x: jnp.sin(jnp.stack(layer.parts(x))))
+    checkpointed = jax.checkpoint(parts, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    kept = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(checkpointed, *a)[1], *arguments))
+    assert [array.shape for array in kept].count((3, 5, HIDDEN)) == 2
+
+
 def test_xla_is_kept_from_making_one_product_of_the_parts():
     parts, arguments = run(lambda layer, x: layer.parts(x))
     operands = [line for line in jax.jit(parts).lower(*arguments).as_text().splitlines() if "dot_general" in line]
     (first, second) = (line.split("dot_general ")[1].split(",")[0] for line in operands)
     assert first != second
+
+
+def test_of_one_token_the_parts_are_slices_of_one_product():
+    layer, (parameters, x) = run(lambda layer, x: jnp.stack(layer.parts(x), axis=-2))
+    np.testing.assert_allclose(layer(parameters, x[0]), layer(parameters, x)[0], rtol=1e-6)
+    assert jax.jit(layer).lower(parameters, x[0]).as_text().count("dot_general") == 1

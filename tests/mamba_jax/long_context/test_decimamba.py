@@ -55,7 +55,7 @@ def by_definition(model, config, sequence):
 
     Returns the hidden states of the tokens that are kept to the end, and their places.
     """
-    x, places = model._embed(sequence[None]), np.arange(len(sequence))
+    x, places = model.embed(sequence[None]), np.arange(len(sequence))
     per_repeat = len(model.config.pattern)
     for layer in range(model.config.num_layers):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer // per_repeat], model.blocks[layer % per_repeat])
@@ -77,7 +77,7 @@ def by_definition(model, config, sequence):
             *(array[:, kept] for array in (selection.B, selection.C)),
         )
         x, places = x[:, kept] + y, places[kept]
-    return model._output(x)[0], places
+    return model.output(x)[0], places
 
 
 @SEES_ITS_OWN_TOKEN

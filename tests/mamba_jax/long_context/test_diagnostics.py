@@ -231,7 +231,7 @@ def test_collected_selections_are_what_each_layer_scans():
     selections = diagnostics.collect(model, sequence)
     assert list(selections) == [0, 1, 2, 3]
     # Layer by layer, by hand: the output of the model's own mixers from what was collected.
-    x = model._embed(sequence)
+    x = model.embed(sequence)
     for layer, selection in selections.items():
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer // 2], model.blocks[layer % 2])
         mixer, u = block.mixer, block.normalise(x)
