@@ -12,7 +12,7 @@ from mamba_jax.layers.linear import Linear
 WIDTH, HIDDEN = 8, 12
 
 
-def run(call):
+def run(call, compute_dtype="float32"):
     """Calls a layer of two parts as ``call(layer, x)``; returns the function, and what it is a function of."""
     layer = Linear(
         WIDTH,
@@ -20,7 +20,7 @@ def run(call):
         axes=(None, None, None),
         weight_init=jax.nn.initializers.normal(),
         bias=True,
-        compute_dtype="float32",
+        compute_dtype=compute_dtype,
         rngs=nnx.Rngs(0),
     )
     layer.bias[...] = jnp.arange(2.0 * HIDDEN).reshape(2, HIDDEN)
@@ -63,3 +63,10 @@ def test_of_one_token_the_parts_are_slices_of_one_product():
     layer, (parameters, x) = run(lambda layer, x: jnp.stack(layer.parts(x), axis=-2))
     np.testing.assert_allclose(layer(parameters, x[0]), layer(parameters, x)[0], rtol=1e-6)
     assert jax.jit(layer).lower(parameters, x[0]).as_text().count("dot_general") == 1
+
+
+def test_the_product_of_one_vector_is_computed_as_that_of_two():
+    layer, (parameters, x) = run(lambda layer, x: layer(x), "bfloat16")
+    one = x[0, :1]
+    assert f"tensor<2x{WIDTH}xbf16>" in jax.jit(layer).lower(parameters, one).as_text()
+    np.testing.assert_array_equal(layer(parameters, one), layer(parameters, x[0])[:1])
