@@ -100,6 +100,7 @@ class DecimatedLanguageModel(LanguageModel):
         *,
         state: Any = None,
         segment_ids: Int[Array, "batch length"] | None = None,
+        unroll: bool = False,
     ) -> tuple[Float[Array, "batch length width"], Any]:
         x = self.embed(tokens)
         states = (None,) * len(self.config.pattern) if state is None else state
@@ -110,7 +111,7 @@ class DecimatedLanguageModel(LanguageModel):
                 lambda stacked, run=repeats: stacked[run], (tuple(self.blocks), states)
             )
             if not decimates:
-                x, run_states = self._repeat_blocks(x, blocks, states_of_run, segment_ids)
+                x, run_states = self._repeat_blocks(x, blocks, states_of_run, segment_ids, unroll=unroll)
             else:
                 x, run_states, segment_ids, left_here = self._decimate(
                     repeats.start, x, blocks, states_of_run, segment_ids

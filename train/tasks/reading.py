@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from mamba_jax.generation import Sampling, generate, prefill_prompts
+from mamba_jax.models.decoder import Decoder
 from mamba_jax.models.language_model import LanguageModel
 from train.data.tokenizer import Tokenizer
 from train.tasks.example import Example
@@ -81,11 +82,12 @@ def _loss_of_steps(
     model: LanguageModel, logits: Float[Array, "batch vocabulary"], state: Any, targets: Int[Array, "batch last"]
 ) -> Float[Array, " batch"]:
     """The targets are decoded, whatever their likelihood: a method that shortens prompts leaves them all in."""
+    decoder = Decoder(model)
 
     def step(carry, target):
-        logits, state = carry
+        logits, states = carry
         log_probability = jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=-1)[:, 0]
-        return model.step(target, state), -log_probability
+        return decoder.step(target, states), -log_probability
 
-    _, losses = jax.lax.scan(step, (logits, state), targets.T)
+    _, losses = jax.lax.scan(step, (logits, decoder.split(state)), targets.T)
     return jnp.mean(losses, axis=0)

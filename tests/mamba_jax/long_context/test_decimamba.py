@@ -91,6 +91,12 @@ def test_kept_tokens_are_read_as_if_gathered_before_the_scan(pattern):
         np.testing.assert_allclose(hidden[row, places], expected, atol=2e-5)
 
 
+def test_unrolled_layers_leave_out_the_same(model):
+    decimated, sequence = apply_decimamba(model, CONFIG), tokens(0, 2, LENGTH)
+    run = jax.jit(lambda model, tokens, unroll: model.hidden(tokens, unroll=unroll)[0], static_argnums=2)
+    np.testing.assert_allclose(run(decimated, sequence, True), run(decimated, sequence, False), atol=2e-5)
+
+
 @SEES_ITS_OWN_TOKEN
 def test_tokens_that_are_left_out_go_no_further(pattern):
     """What a layer above does shows in the tokens that are kept, and in no other."""
