@@ -53,8 +53,11 @@ def unfenced(function: Callable[..., Any], *arguments: Any) -> tuple[set[str], s
         names.add(name)
         for body in _jaxprs(equation):
             multiplied: set[Any] = set()
-            for _ in range(2):  # Only then does it know what later roles multiply.
-                _Reader(name, found, multiplied).read(body, {var: var for var in [*body.constvars, *body.invars]})
+            filled: dict[Any, set[Any]] = {}
+            # The first time it does not know yet what later roles multiply and load.
+            for findings in (set(), found):
+                reader = _Reader(name, findings, multiplied, filled)
+                reader.read(body, {var: var for var in [*body.constvars, *body.invars]})
     return names, found
 
 
@@ -66,12 +69,12 @@ class _Reader:
     found: set[Unfenced]
     multiplied: set[Any]
     """Buffers that matrix instructions read, in any warpgroup."""
+    filled: dict[Any, set[Any]]
+    """Buffers that bulk copies fill, in any warpgroup, by the barriers that say so."""
     accesses: list[Access] = dataclasses.field(default_factory=list)
     """Since the last barrier."""
     unfenced_stores: list[Access] = dataclasses.field(default_factory=list)
     """Since the last fence."""
-    filled: set[Any] = dataclasses.field(default_factory=set)
-    """Buffers that bulk copies fill."""
     arrived: set[Any] = dataclasses.field(default_factory=set)
     """Barriers at which all lanes of the warpgroup have arrived."""
 
@@ -96,15 +99,17 @@ class _Reader:
                 for operand in operands:
                     self._access("copy", operand, equation)
             case "copy_gmem_to_smem":
-                self.filled |= {operand for operand in operands if operand is not None}
+                _, target, barrier = [buffers.get(var) for var in equation.invars if _is_reference(var)][:3]
+                self.filled.setdefault(barrier, set()).add(target)
             case "barrier_arrive":
                 for buffer in self.multiplied & {store.buffer for store in self.unfenced_stores}:
                     self._access("arrive", buffer, equation)
                 self.arrived.add(buffers[equation.invars[0]])
             case "barrier_wait":
-                if buffers[equation.invars[0]] in self.arrived:
+                barrier = buffers[equation.invars[0]]
+                if barrier in self.arrived:
                     self._keep(lambda access: access.kind == "copy")
-                self._keep(lambda access: access.buffer not in self.filled)
+                self._keep(lambda access: access.buffer not in self.filled.get(barrier, ()))
             case "wait_smem_to_gmem":
                 self.accesses = []
             case "commit_smem":

@@ -15,6 +15,10 @@ from tests.pallas_kernels.fences import unfenced
 
 SSD_SHAPE = {"batch": 2, "length": 300, "heads": 6, "head_dim": 64, "groups": 1, "state": 128}
 SSD_KERNELS = {f"ssd_{name}" for name in ("pack_tokens", "forward", "states", "backward", "token_gradients")}
+TRAPEZOIDAL_KERNELS = {
+    *("ssd_pack_tokens", "ssd_states", "ssd_token_gradients"),
+    *(f"trapezoidal_ssd_{name}" for name in ("angles", "forward", "backward", "sum_heads")),
+}
 CASES = {
     "selective_scan": (
         {"batch": 2, "length": 300, "channels": 300, "state": 16},
@@ -26,15 +30,8 @@ CASES = {
     ),
     "ssd": (SSD_SHAPE, SSD_KERNELS),
     "ssd of a large state": (SSD_SHAPE | {"state": 256}, SSD_KERNELS | {"ssd_matrix_gradient"}),
-    "trapezoidal_ssd": (
-        SSD_SHAPE | {"rank": 1, "pairs": 32},
-        {
-            "ssd_pack_tokens",
-            "ssd_states",
-            "ssd_token_gradients",
-            *(f"trapezoidal_ssd_{name}" for name in ("angles", "forward", "backward", "sum_heads")),
-        },
-    ),
+    "trapezoidal_ssd": (SSD_SHAPE | {"rank": 1, "pairs": 32}, TRAPEZOIDAL_KERNELS),
+    "trapezoidal_ssd of a large state": (SSD_SHAPE | {"state": 256, "rank": 1, "pairs": 96}, TRAPEZOIDAL_KERNELS),
 }
 """Shapes, and the kernels of a call and its gradient."""
 

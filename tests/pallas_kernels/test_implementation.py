@@ -39,9 +39,11 @@ def test_none_takes_the_best_that_supports_the_call(operator, monkeypatch, backe
 
 def test_one_on_trial_runs_only_where_it_is_named(operator, monkeypatch):
     monkeypatch.setattr(implementation, "backend", lambda: "gpu")
-    monkeypatch.setattr(sys.modules["pallas_kernels.double.mosaic_gpu"], "ON_TRIAL", True, raising=False)
-    assert choose(operator, None, 4)(4) == ("xla", 8)
-    assert choose(operator, "mosaic_gpu", 4)(4) == ("mosaic_gpu", 8)
+    module = sys.modules["pallas_kernels.double.mosaic_gpu"]
+    monkeypatch.setattr(module, "on_trial", lambda number: number > 4, raising=False)
+    assert choose(operator, None, 6)(6) == ("xla", 12)
+    assert choose(operator, "mosaic_gpu", 6)(6) == ("mosaic_gpu", 12)
+    assert choose(operator, None, 4)(4) == ("mosaic_gpu", 8)
 
 
 @pytest.mark.parametrize("name", implementation.NAMES)

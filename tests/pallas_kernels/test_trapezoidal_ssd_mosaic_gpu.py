@@ -116,8 +116,10 @@ def assert_right(inputs, *, interpret=True, **options):
         ((1, 20, 2, 16, 9), {"rank": 2, "pairs": 4, "optional": ALL}),
         ((2, 1, 6, 80, 16), {"optional": ("initial_state",), "pairs": 8}),
         ((1, 2, 1, 16, 8), {"optional": ()}),
+        ((1, 70, 2, 16, 200), {"pairs": 100}),
+        ((1, 20, 2, 16, 250), {"pairs": 40, "rank": 3}),
     ],
-    ids=["all but a norm", "three ranks, two groups", "a norm", "one token", "bare"],
+    ids=["all but a norm", "three ranks, two groups", "a norm", "one token", "bare", "in parts", "a part that stands"],
 )
 def test_interpreted_kernels_compute_the_recurrence_and_its_gradient(dims, options):
     assert_right(make_inputs(*dims, **options))
@@ -191,7 +193,7 @@ def test_blocks_of_the_backward_kernel_are_many_unless_heads_are_few(batch, chun
 
 @pytest.mark.parametrize(
     ("head_dim", "state", "options"),
-    [(32, 16, {"rank": 4}), (96, 190, {"groups": 2, "pairs": 11}), (128, 192, {"rank": 2})],
+    [(32, 16, {"rank": 4}), (96, 190, {"groups": 2, "pairs": 11}), (128, 192, {"rank": 2}), (64, 256, {"rank": 4})],
     ids=str,
 )
 def test_other_sizes_lower_for_cuda(head_dim, state, options):
@@ -206,12 +208,18 @@ class TestRefusals(RefusalContract):
 
     @pytest.mark.parametrize(
         ("dims", "message"),
-        [((1, 194), "state must be at most 192, got 194"), ((65, 8), "rank must be at most 64, got 65")],
+        [((1, 258), "state must be at most 256, got 258"), ((65, 8), "rank must be at most 64, got 65")],
         ids=["state", "rank"],
     )
     def test_larger_states_and_ranks_are_left_to_xla(self, dims, message, no_shape_checks):
         inputs = self.inputs()._replace(B=jnp.zeros((1, 4, 1, *dims), jnp.bfloat16))
         assert self.reason(inputs=inputs) == f"{message}; implementation='xla' takes any"
+
+
+@pytest.mark.parametrize(("state", "trial"), [(128, False), (192, False), (193, True), (256, True)])
+def test_states_that_have_not_run_on_a_gpu_are_on_trial(state, trial, no_shape_checks):
+    inputs = make_inputs(1, 4, 1, 8, 4)._replace(B=jnp.zeros((1, 4, 1, 1, state), jnp.bfloat16))
+    assert mosaic_gpu.on_trial(inputs, **OPTIONS) == trial
 
 
 @pytest.mark.gpu
@@ -228,7 +236,7 @@ def test_a_norm_on_a_gpu(rank):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("state", [2, 16, 65, 128, 192])
+@pytest.mark.parametrize("state", [2, 16, 65, 128, 192, 200, 256])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 def test_any_size_on_a_gpu(head_dim, state):
     assert_right(make_inputs(1, 200, 5, head_dim, state, pairs=max(1, state // 4)), interpret=False)

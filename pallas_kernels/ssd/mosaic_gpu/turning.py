@@ -89,6 +89,11 @@ def turn_into(target: Any, matrix: jax.Array, turn: Turn, bias: Any = None) -> N
     """
     matrix = matrix.astype(jnp.float32)
     if bias is not None:
-        by_row = len(bias.shape) == 2
-        matrix = matrix + (blocks.load(bias) if by_row else blocks.by_column(blocks.load(bias, blocks.COLUMNS), CHUNK))
+        matrix = matrix + load_bias(bias)
     store(target, turned(matrix, turn).astype(target.dtype))
+
+
+def load_bias(bias: Any) -> jax.Array:
+    """Loads a bias of all rows of a chunk, or of each."""
+    by_row = len(bias.shape) == 2
+    return blocks.load(bias) if by_row else blocks.by_column(blocks.load(bias, blocks.COLUMNS), CHUNK)

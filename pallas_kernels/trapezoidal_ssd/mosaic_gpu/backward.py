@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks, slopes, turning
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, STATE_UNIT, Problem
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu import components
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu.components import Components
 from pallas_kernels.trapezoidal_ssd.mosaic_gpu.head_by_head import STREAMED, STREAMED_IF_THERE, HeadByHead
 
 _EVEN_SHARE = 128
@@ -40,8 +42,14 @@ def shared_memory(state: int, pairs: int, token_rows: int) -> tuple[int, int]:
     """Bytes of a block: those that it needs once, and those of each stage."""
     square, matrix = CHUNK * CHUNK * 2, CHUNK * state * 2
     numbers = (token_rows + 1) * CHUNK + CHANNELS + 2 * state
-    once = (4 + _GRADIENT_TILES) * square + 4 * matrix
+    once = (4 + _GRADIENT_TILES) * square + len(_matrices(state)) * matrix
     return once, 2 * square + 2 * matrix + numbers * 4 + CHUNK * pairs * 2
+
+
+def _matrices(state: int) -> tuple[str, ...]:
+    """Names of B and C in shared memory, as ``HeadByHead`` knows them: of a large state the head's alone fit."""
+    of_head = ("turned_B", "turned_C")
+    return ("B", "C", *of_head) if state <= components.MOST_AT_ONCE else of_head
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: int) -> dict[str, jax.Array]:
@@ -81,7 +89,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         "angles": plgpu.SMEM((stages, CHUNK, p.pairs), jnp.int16),
         "step_size": plgpu.SMEM((stages, CHUNK), jnp.float32),
         **{name: plgpu.SMEM((stages, inputs[name].shape[1]), jnp.float32) for name in parameters},
-        **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in ("B", "C", "turned_B", "turned_C")},
+        **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in _matrices(p.state)},
         "gradient": blocks.operand(_GRADIENT_TILES, CHUNK, STATE_UNIT, dtype=dtype),
         **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("attention", "weights", "passed", "from_row")},
         "loaded": plgpu.Barrier(num_arrivals=2),
@@ -205,50 +213,90 @@ class _Block(HeadByHead):
     def matrices(self) -> None:
         """Third warpgroup: the gradients of B, C and the angles."""
         gmem, smem, (batch, chunk) = self.gmem, self.smem, self.at
-        B, C, weights, buffer = (smem[name] for name in ("turned_B", "turned_C", "weights", "gradient"))
+        parts = components.parts(self.p.state, self.p.pairs)
 
         def work(head: Any, refs: Refs, dtheta: jax.Array) -> jax.Array:
-            tokens = refs["tokens"]
-            turn = turning.turn_by(refs["angles"])
-            pairs = turn.cos.shape[1]
-
-            def put(matrix: int, gradient: jax.Array) -> None:
-                gradient = turning.turned(gradient, turn, back=True).astype(buffer.dtype)
-                for tiles in itertools.batched(range(self.p.state // STATE_UNIT), buffer.shape[0]):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    for place, tile in enumerate(tiles):
-                        columns = turning.columns(gradient, tile * STATE_UNIT, (tile + 1) * STATE_UNIT)
-                        store(buffer.at[place], columns)
-                    plgpu.commit_smem()
-                    for place, tile in enumerate(tiles):
-                        target = gmem["dmatrices"].at[matrix, batch, chunk, head, tile]
-                        plgpu.copy_smem_to_gmem(buffer.at[place], target)
-
-            # What goes through the state after the chunk, while the second warpgroup still makes the weights.
-            to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
-            dB = blocks.product((self.weighted(refs["x"], to_end), refs["dstates"]))
-            into_state = _swing(dB, blocks.load(B), pairs)
-            plgpu.barrier_wait(smem["made"])
-            dB = blocks.product((blocks.transposed(weights), C), plus=dB)
-            swings = _swing(dB, blocks.load(B), pairs)
-            dy = self.weighted(refs["dy"], jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS)))
-            dC, _ = blocks.products(([(dy, refs["states"]), (weights, B)], None), meanwhile=lambda: put(0, dB))
-            swings = swings + _swing(dC, blocks.load(C), pairs)
-            plgpu.barrier_arrive(smem["used"])
-            # So far a row a token; the state before the chunk turns as well, and adds what it does a row a channel.
-            of_states = _swing(blocks.load(refs["dstates"]), blocks.load(refs["states"]), pairs)
-            into_state = into_state + of_states * jnp.exp2(tokens[0, CHUNK - 1])
-            theta = blocks.load(gmem["theta"].at[batch, chunk])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            dangles = self.from_here(swings, into_state, buffer) * math.pi
-            put(1, dC)
-            store(gmem["dstep_size"].at[batch, head, chunk], jnp.sum(dangles * theta, axis=1))
-            return dtheta + dangles * blocks.by_row(blocks.load(refs["step_size"], blocks.ROWS), pairs)
+            found = []
+            for part in parts:
+                first, last = part is parts[0], part is parts[-1]
+                before = functools.partial(plgpu.barrier_wait, smem["made"]) if first else None
+                after = functools.partial(plgpu.barrier_arrive, smem["used"]) if last else None
+                found.append(self.gradients(part, head, refs, before, after))
+            dangles, dstep_sizes = zip(*filter(None, found), strict=True)
+            store(gmem["dstep_size"].at[batch, head, chunk], functools.reduce(jnp.add, dstep_sizes))
+            step_size = blocks.by_row(blocks.load(refs["step_size"], blocks.ROWS), self.p.pairs)
+            return dtheta + components.together(dangles) * step_size
 
         dtheta = plgpu.layout_cast(jnp.zeros((CHUNK, self.p.pairs), jnp.float32), blocks.LAYOUT)
         dtheta = self.over_heads(work, dtheta)
         store(gmem["dtheta"].at[self.piece, batch, chunk], dtheta)
         plgpu.wait_smem_to_gmem(0)
+
+    def gradients(
+        self,
+        part: Components,
+        head: Any,
+        refs: Refs,
+        before: Callable[[], None] | None,
+        after: Callable[[], None] | None,
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """Writes the gradients of a head's B and C, for some components of the state.
+
+        Args:
+            part: the components.
+            head: number of the head.
+            refs: what was loaded of it.
+            before: called before the second warpgroup's weights are read.
+            after: called when B, C and the weights have been read.
+
+        Returns:
+            The gradients of the angles of their pairs, and, a number a token, what they are to the step sizes; None if
+            none of them turns.
+        """
+        gmem, smem, tokens, (batch, chunk) = self.gmem, self.smem, refs["tokens"], self.at
+        B, C, weights, buffer = (smem[name] for name in ("turned_B", "turned_C", "weights", "gradient"))
+        turn = part.turn_by(refs["angles"])
+
+        def put(matrix: int, gradient: jax.Array) -> None:
+            if turn is not None:
+                gradient = turning.turned(gradient, turn, back=True)
+            gradient = gradient.astype(buffer.dtype)
+            for tiles in itertools.batched(enumerate(part.tiles), buffer.shape[0]):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for place, (i, _) in enumerate(tiles):
+                    store(buffer.at[place], turning.columns(gradient, i * STATE_UNIT, (i + 1) * STATE_UNIT))
+                plgpu.commit_smem()
+                for place, (_, tile) in enumerate(tiles):
+                    target = gmem["dmatrices"].at[matrix, batch, chunk, head, tile]
+                    plgpu.copy_smem_to_gmem(buffer.at[place], target)
+
+        def swing(gradient: jax.Array, matrix: Any) -> Any:
+            return _swing(gradient, part.load(matrix), part.turning_pairs) if turn is not None else 0.0
+
+        # What goes through the state after the chunk, while the second warpgroup still makes the weights.
+        to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
+        dB = part.product((self.weighted(refs["x"], to_end), refs["dstates"]))
+        into_state = swing(dB, B)
+        if before is not None:
+            before()
+        dB = part.product((blocks.transposed(weights), C), plus=dB)
+        swings = swing(dB, B)
+        dy = self.weighted(refs["dy"], jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS)))
+        dC = part.product((dy, refs["states"]), (weights, B), meanwhile=lambda: put(0, dB))
+        swings = swings + swing(dC, C)
+        if after is not None:
+            after()
+        if turn is None:
+            put(1, dC)
+            return None
+        # So far a row a token; the state before the chunk turns as well, and adds what it does a row a channel.
+        of_states = swing(part.load(refs["dstates"]), refs["states"])
+        into_state = into_state + of_states * jnp.exp2(tokens[0, CHUNK - 1])
+        theta = blocks.load(part.of_pairs(gmem["theta"].at[batch, chunk]))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        dangles = self.from_here(swings, into_state, buffer) * math.pi
+        put(1, dC)
+        return dangles, jnp.sum(dangles * theta, axis=1)
 
     def weighted(self, signal: Any, weight: jax.Array) -> jax.Array:
         """x or dy, each token times its weight."""
@@ -266,7 +314,7 @@ class _Block(HeadByHead):
         """
         pieces, half = [], CHUNK // 2
         all_tokens = plgpu.layout_cast(jnp.full((CHUNK, CHUNK), -1.0, buffer.dtype), blocks.LAYOUT)
-        for start in range(0, self.p.pairs, half):
+        for start in range(0, swings.shape[1], half):
             synchronize()
             for i, terms in enumerate((swings, into_state)):
                 some = turning.columns(terms, start, start + half)

@@ -1,7 +1,8 @@
 """How the warpgroups of the backward kernel go from head to head: what they load, and make for each other.
 
 B and C as they are loaded are the same for all heads of a group. Heads follow each other in ``stages`` places of shared
-memory; their own B and C have one place, so that the next head's are made when all are done with the last one's.
+memory; their own B and C have one place, so that the next head's are made when all are done with the last one's. Of a
+large state the group's have no place beside it: they are loaded there for every head, and turned where they are.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from jax import lax
 
 from pallas_kernels.mosaic_gpu_compat import plgpu
 from pallas_kernels.mosaic_gpu_launch import Refs
-from pallas_kernels.ssd.mosaic_gpu import blocks, turning
+from pallas_kernels.ssd.mosaic_gpu import blocks
 from pallas_kernels.ssd.mosaic_gpu.blocks import Problem
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu import components
+from pallas_kernels.trapezoidal_ssd.mosaic_gpu.components import Components
 
 STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles", "step_size")
 """What is loaded for each head."""
@@ -56,16 +59,22 @@ class HeadByHead:
         return lax.axis_index("group") * self.splits + lax.axis_index("split")
 
     @property
+    def parts(self) -> list[Components]:
+        """Of the state: those that are in registers at once."""
+        return components.parts(self.p.state, self.p.pairs)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the group's B and C are loaded for every head."""
+        return "B" not in self.smem
+
+    @property
     def at(self) -> tuple[Any, Any]:
         return lax.axis_index("batch"), lax.axis_index("chunk")
 
     def loads(self) -> None:
         """Loads the group's B and C, and then what belongs to each head: the work of a warpgroup."""
-        batch, chunk = self.at
-        columns = pl.ds(lax.axis_index("group") * self.p.state, self.p.state)
-        for name in ("B", "C"):
-            source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns]
-            plgpu.copy_gmem_to_smem(source, self.smem[name], self.smem["loaded"])
+        self.load_matrices()
 
         def step(i: Any, carry: None) -> None:
             del carry
@@ -76,8 +85,28 @@ class HeadByHead:
                 plgpu.barrier_wait(self.smem["free"].at[slot])
 
             self.load(i, slot)
+            if self.in_place:
+
+                @pl.when(i > 0)
+                def _() -> None:
+                    plgpu.barrier_wait(self.smem["used"])
+                    self.load_matrices()
 
         lax.fori_loop(0, self.heads, step, None)
+        if self.in_place:
+            plgpu.barrier_wait(self.smem["used"])
+
+    def load_matrices(self) -> None:
+        """Starts the copies of the group's B and C."""
+        batch, chunk = self.at
+        columns = pl.ds(lax.axis_index("group") * self.p.state, self.p.state)
+        for name in ("B", "C"):
+            source = self.gmem[name].at[batch, blocks.chunk_rows(chunk), columns]
+            plgpu.copy_gmem_to_smem(source, self.loaded(name), self.smem["loaded"])
+
+    def loaded(self, name: str) -> Any:
+        """Reference to where the group's B or C is loaded."""
+        return self.smem[f"turned_{name}" if self.in_place else name]
 
     def load(self, i: Any, slot: Any) -> None:
         """Starts the copies of what belongs to the i-th head."""
@@ -104,7 +133,7 @@ class HeadByHead:
             carry: passed from head to head.
             turns: the matrix that this warpgroup makes for every head, if it makes one.
         """
-        if turns is not None:
+        if turns is not None and not self.in_place:
             plgpu.barrier_wait(self.smem["loaded"])
 
         def step(i: Any, carry: Any) -> Any:
@@ -112,11 +141,10 @@ class HeadByHead:
             plgpu.barrier_wait(self.smem["full"].at[slot])
             refs = {name: self.smem[name].at[slot] for name in self.streamed}
             if turns is not None:
-
-                @pl.when(i > 0)
-                def _() -> None:
-                    plgpu.barrier_wait(self.smem["used"])
-
+                if self.in_place:
+                    plgpu.barrier_wait(self.smem["loaded"])
+                else:
+                    pl.when(i > 0)(lambda: plgpu.barrier_wait(self.smem["used"]))
                 self.turn(turns, head, refs)
                 plgpu.barrier_arrive(self.smem["turned"])
             plgpu.barrier_wait(self.smem["turned"])
@@ -125,14 +153,15 @@ class HeadByHead:
             return carry
 
         carry = lax.fori_loop(0, self.heads, step, carry)
-        if turns is not None:
+        if turns is not None and not self.in_place:
             plgpu.barrier_wait(self.smem["used"])
         return carry
 
     def turn(self, name: str, head: Any, refs: Refs) -> None:
         """Makes a head's B or C."""
-        matrix, turn = blocks.load_operand(self.smem[name]), turning.turn_by(refs["angles"])
-        turning.turn_into(self.smem[f"turned_{name}"], matrix, turn, self.bias(name, head, refs))
+        bias = self.bias(name, head, refs)
+        for part in self.parts:
+            part.turn(self.smem[f"turned_{name}"], self.loaded(name), refs["angles"], bias)
         plgpu.commit_smem()
 
     def bias(self, matrix: str, head: Any, refs: Refs) -> Any:

@@ -18,7 +18,7 @@ _BLOCKS = 4 * ssd_plan.MULTIPROCESSORS
 _LEAST_HEADS = 12
 """Of such a block: each begins with nothing in shared memory."""
 
-MAX_STATE = 192
+MAX_STATE = 256
 """Of one more, the backward kernel's matrices would not fit into shared memory."""
 
 
