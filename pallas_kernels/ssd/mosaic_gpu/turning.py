@@ -88,9 +88,15 @@ def turn_into(target: Any, matrix: jax.Array, turn: Turn, bias: Any = None) -> N
         bias: reference to a number a component, or one a row and component.
     """
     matrix = matrix.astype(jnp.float32)
+    of_head = made(matrix, turn, None if bias is None else load_bias(bias))
+    store(target, of_head.astype(target.dtype))
+
+
+def made(matrix: jax.Array, turn: Turn | None, bias: jax.Array | None) -> jax.Array:
+    """A head's B or C in a chunk: the group's, in float32, with its bias, if there is one, turned, if it turns."""
     if bias is not None:
-        matrix = matrix + load_bias(bias)
-    store(target, turned(matrix, turn).astype(target.dtype))
+        matrix = matrix + bias
+    return matrix if turn is None else turned(matrix, turn)
 
 
 def load_bias(bias: Any) -> jax.Array:

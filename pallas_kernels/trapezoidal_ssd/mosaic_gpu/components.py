@@ -70,19 +70,13 @@ class Components:
         """Adds the head's bias to a group's B or C in a chunk, and turns it, as ``turning.turn_into`` does."""
         matrix = together([blocks.load_operand(some) for some in self.of(source)])
         turn = self.turn_by(angles)
-        if len(self.ranges) == 1:
-            assert turn is not None
-            turning.turn_into(target, matrix, turn, bias)
-            return
         matrix = matrix.astype(jnp.float32)
-        if bias is not None:
-            matrix = matrix + together([turning.load_bias(some) for some in self.of(bias)])
-        if turn is not None:
-            matrix = turning.turned(matrix, turn)
+        biases = None if bias is None else together([turning.load_bias(some) for some in self.of(bias)])
+        of_head = turning.made(matrix, turn, biases)
         first = 0
         for some in self.of(target):
             last = first + some.shape[1]
-            store(some, turning.columns(matrix, first, last).astype(some.dtype))
+            store(some, turning.columns(of_head, first, last).astype(some.dtype))
             first = last
 
     def turn_by(self, angles: Any) -> Turn | None:
