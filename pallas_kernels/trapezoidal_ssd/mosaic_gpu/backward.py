@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -212,16 +212,11 @@ class _Block(HeadByHead):
 
     def matrices(self) -> None:
         """Third warpgroup: the gradients of B, C and the angles."""
-        gmem, smem, (batch, chunk) = self.gmem, self.smem, self.at
-        parts = components.parts(self.p.state, self.p.pairs)
+        gmem, (batch, chunk) = self.gmem, self.at
+        parts = self.parts
 
         def work(head: Any, refs: Refs, dtheta: jax.Array) -> jax.Array:
-            found = []
-            for part in parts:
-                first, last = part is parts[0], part is parts[-1]
-                before = functools.partial(plgpu.barrier_wait, smem["made"]) if first else None
-                after = functools.partial(plgpu.barrier_arrive, smem["used"]) if last else None
-                found.append(self.gradients(part, head, refs, before, after))
+            found = [self.gradients(part, head, refs, first=part is parts[0], last=part is parts[-1]) for part in parts]
             dangles, dstep_sizes = zip(*filter(None, found), strict=True)
             store(gmem["dstep_size"].at[batch, head, chunk], functools.reduce(jnp.add, dstep_sizes))
             step_size = blocks.by_row(blocks.load(refs["step_size"], blocks.ROWS), self.p.pairs)
@@ -233,12 +228,7 @@ class _Block(HeadByHead):
         plgpu.wait_smem_to_gmem(0)
 
     def gradients(
-        self,
-        part: Components,
-        head: Any,
-        refs: Refs,
-        before: Callable[[], None] | None,
-        after: Callable[[], None] | None,
+        self, part: Components, head: Any, refs: Refs, *, first: bool, last: bool
     ) -> tuple[jax.Array, jax.Array] | None:
         """Writes the gradients of a head's B and C, for some components of the state.
 
@@ -246,8 +236,8 @@ class _Block(HeadByHead):
             part: the components.
             head: number of the head.
             refs: what was loaded of it.
-            before: called before the second warpgroup's weights are read.
-            after: called when B, C and the weights have been read.
+            first: whether it is the head's first part, and waits for the second warpgroup's weights.
+            last: whether it is the last, and no other will read B, C and the weights.
 
         Returns:
             The gradients of the angles of their pairs, and, a number a token, what they are to the step sizes; None if
@@ -277,15 +267,15 @@ class _Block(HeadByHead):
         to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
         dB = part.product((self.weighted(refs["x"], to_end), refs["dstates"]))
         into_state = swing(dB, B)
-        if before is not None:
-            before()
+        if first:
+            plgpu.barrier_wait(smem["made"])
         dB = part.product((blocks.transposed(weights), C), plus=dB)
         swings = swing(dB, B)
         dy = self.weighted(refs["dy"], jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS)))
         dC = part.product((dy, refs["states"]), (weights, B), meanwhile=lambda: put(0, dB))
         swings = swings + swing(dC, C)
-        if after is not None:
-            after()
+        if last:
+            plgpu.barrier_arrive(smem["used"])
         if turn is None:
             put(1, dC)
             return None
@@ -325,7 +315,7 @@ class _Block(HeadByHead):
             plgpu.commit_smem()
             sums = blocks.product((self.smem["from_row"], buffer.at[0]), (all_tokens, buffer.at[1]))
             pieces.append(turning.columns(sums, 0, half) + turning.columns(sums, half, CHUNK))
-        return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+        return components.together(pieces)
 
 
 def _swing(gradient: jax.Array, matrix: jax.Array, pairs: int) -> jax.Array:
