@@ -7,9 +7,6 @@ functions of the same arguments, the operator's validated inputs:
 - ``unsupported_reason``, which returns None where the first one can run on the current backend, else what stands in
   its way, as half a sentence ("state must be at most 256, got 512").
 
-One whose module has a third function of these arguments, ``on_trial``, runs only where it is named if that returns
-True, and is not what None chooses.
-
 The arrays may be tracers and are always local: sharding is dealt with before (``pallas_kernels.sharding``). An
 implementation is differentiable in reverse mode in every floating-point input.
 """
@@ -56,9 +53,7 @@ def choose(operator: str, implementation: str | None, *inputs: Any, **options: A
     """
     if implementation is None:
         for name in _PREFERENCE.get(backend(), _FALLBACK):
-            if _unsupported_reason(operator, name, inputs, options) is None and not _on_trial(
-                operator, name, inputs, options
-            ):
+            if _unsupported_reason(operator, name, inputs, options) is None:
                 return _function(operator, name)
         raise UnsupportedError(f"{operator}: no implementation supports this call on {backend()}.")
     if implementation not in NAMES:
@@ -81,11 +76,6 @@ def _unsupported_reason(operator: str, name: str, inputs: tuple[Any, ...], optio
     if importlib.util.find_spec(f"pallas_kernels.{operator}.{name}") is None:
         return f"{operator} has no {name} implementation"
     return _module(operator, name).unsupported_reason(*inputs, **options)
-
-
-def _on_trial(operator: str, name: str, inputs: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    on_trial = getattr(_module(operator, name), "on_trial", None)
-    return on_trial is not None and on_trial(*inputs, **options)
 
 
 def _function(operator: str, name: str) -> Callable[..., Any]:

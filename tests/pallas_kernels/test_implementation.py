@@ -37,15 +37,6 @@ def test_none_takes_the_best_that_supports_the_call(operator, monkeypatch, backe
     assert choose(operator, None, number)(number) == (chosen, 2 * number)
 
 
-def test_one_on_trial_runs_only_where_it_is_named(operator, monkeypatch):
-    monkeypatch.setattr(implementation, "backend", lambda: "gpu")
-    module = sys.modules["pallas_kernels.double.mosaic_gpu"]
-    monkeypatch.setattr(module, "on_trial", lambda number: number > 4, raising=False)
-    assert choose(operator, None, 6)(6) == ("xla", 12)
-    assert choose(operator, "mosaic_gpu", 6)(6) == ("mosaic_gpu", 12)
-    assert choose(operator, None, 4)(4) == ("mosaic_gpu", 8)
-
-
 @pytest.mark.parametrize("name", implementation.NAMES)
 def test_a_named_one_is_taken_on_any_backend(operator, name):
     assert choose(operator, name, 4)(4) == (name, 8)

@@ -216,12 +216,6 @@ class TestRefusals(RefusalContract):
         assert self.reason(inputs=inputs) == f"{message}; implementation='xla' takes any"
 
 
-@pytest.mark.parametrize(("state", "trial"), [(128, False), (192, False), (193, True), (256, True)])
-def test_states_that_have_not_run_on_a_gpu_are_on_trial(state, trial, no_shape_checks):
-    inputs = make_inputs(1, 4, 1, 8, 4)._replace(B=jnp.zeros((1, 4, 1, 1, state), jnp.bfloat16))
-    assert mosaic_gpu.on_trial(inputs, **OPTIONS) == trial
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])

@@ -25,7 +25,6 @@ from pallas_kernels.trapezoidal_ssd.inputs import Inputs
 from pallas_kernels.trapezoidal_ssd.mosaic_gpu import (
     angles,
     backward,
-    components,
     forward,
     plan,
     sum_heads,
@@ -44,12 +43,6 @@ def unsupported_reason(
     if turning.padded_state(state) > plan.MAX_STATE:
         return f"state must be at most {plan.MAX_STATE}, got {state}; implementation='xla' takes any"
     return ssd_kernels.unsupported_matrices(inputs.x, inputs.B, inputs.C, chunk_size)
-
-
-def on_trial(inputs: Inputs, *, delta_softplus: bool, norm_epsilon: float, chunk_size: int | None) -> bool:
-    """Whether these kernels run only where they are named: of so large a state they have not run on a GPU yet."""
-    del delta_softplus, norm_epsilon, chunk_size
-    return turning.padded_state(inputs.B.shape[4]) > components.MOST_AT_ONCE
 
 
 def trapezoidal_ssd(
