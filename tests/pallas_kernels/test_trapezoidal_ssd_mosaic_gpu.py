@@ -193,7 +193,13 @@ def test_blocks_of_the_backward_kernel_are_many_unless_heads_are_few(batch, chun
 
 @pytest.mark.parametrize(
     ("head_dim", "state", "options"),
-    [(32, 16, {"rank": 4}), (96, 190, {"groups": 2, "pairs": 11}), (128, 192, {"rank": 2}), (64, 256, {"rank": 4})],
+    [
+        (32, 16, {"rank": 4}),
+        (96, 190, {"groups": 2, "pairs": 11}),
+        (128, 192, {"rank": 2}),
+        (64, 256, {"rank": 4}),
+        (64, 192, {"pairs": 96}),
+    ],
     ids=str,
 )
 def test_other_sizes_lower_for_cuda(head_dim, state, options):

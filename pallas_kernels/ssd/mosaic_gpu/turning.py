@@ -1,6 +1,8 @@
 """B and C of a head made of its group's, in shared memory, where heads turn theirs by angles of their own.
 
-Components n and n + state // 2 are a pair, for n below the number of angles of a token.
+A state, and with it B and C, has one part or several: columns that hold both components of each of their pairs, the
+first ones of all pairs and then the second ones. Kernels work on one part after the other where all would not fit in
+registers.
 """
 
 from __future__ import annotations
@@ -10,16 +12,67 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu_compat import plgpu, store
 from pallas_kernels.mosaic_gpu_launch import Refs
 from pallas_kernels.ssd.mosaic_gpu import blocks
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK, Block, Problem
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHUNK, STATE_UNIT, Block, Problem
 
 FULL_TURN = 2**16
 """Angles are 16-bit integers that wrap at a full turn."""
+
+WHOLE = 2 * STATE_UNIT
+"""The largest state that is one part. Those of a larger one have STATE_UNIT columns each."""
+
+
+class Part(NamedTuple):
+    """Some columns of B, C and the states."""
+
+    start: int
+    stop: int
+    pairs: int
+    """How many of their pairs turn: all of several parts, or none."""
+    is_whole: bool
+    """Whether there are no other columns."""
+
+    @property
+    def tiles(self) -> list[int]:
+        """Numbers of the tiles of STATE_UNIT columns."""
+        return list(range(self.start // STATE_UNIT, self.stop // STATE_UNIT))
+
+    def of(self, matrix: Any) -> Any:
+        """Reference to these columns of a matrix, or of a vector."""
+        if self.is_whole:
+            return matrix
+        return matrix.at[(*[slice(None)] * (len(matrix.shape) - 1), pl.ds(self.start, self.stop - self.start))]
+
+    def of_pairs(self, numbers: Any) -> Any:
+        """Reference to the numbers of the pairs that turn, of a number a pair in each row."""
+        return numbers if self.is_whole else numbers.at[:, pl.ds(self.start // 2, self.pairs)]
+
+
+def part_width(state: int) -> int:
+    """Columns of each part of a state."""
+    return state if state <= WHOLE else STATE_UNIT
+
+
+def parts_of(state: int, pairs: int) -> list[Part]:
+    """The parts of a state.
+
+    Args:
+        state: size of the kernels' state.
+        pairs: angles of a token; where there are several parts, a multiple of the pairs of one.
+    """
+    width = part_width(state)
+    if width == state:
+        return [Part(0, state, pairs, is_whole=True)]
+    return [
+        Part(start, start + width, min(max(pairs - start // 2, 0), width // 2), is_whole=False)
+        for start in range(0, state, width)
+    ]
 
 
 class Turn(NamedTuple):
@@ -29,14 +82,18 @@ class Turn(NamedTuple):
     sin: jax.Array
 
 
-def turn_by(angles: Any) -> Turn:
-    """Loads a chunk's angles."""
-    angle = blocks.load(angles) * (2 * math.pi / FULL_TURN)
+def turn_by(part: Part, angles: Any) -> Turn | None:
+    """Loads a chunk's angles of a part; None where nothing turns."""
+    if not part.pairs:
+        return None
+    angle = blocks.load(part.of_pairs(angles)) * (2 * math.pi / FULL_TURN)
     return Turn(jnp.cos(angle), jnp.sin(angle))
 
 
-def turned(matrix: jax.Array, turn: Turn, *, back: bool = False) -> jax.Array:
-    """A matrix with the pairs of each row turned, or turned back."""
+def turned(matrix: jax.Array, turn: Turn | None, *, back: bool = False) -> jax.Array:
+    """A part of a matrix with the pairs of each row turned, or turned back."""
+    if turn is None:
+        return matrix
     pairs, half = turn.cos.shape[1], matrix.shape[1] // 2
     first, second = columns(matrix, 0, pairs), columns(matrix, half, half + pairs)
     sin = -turn.sin if back else turn.sin
@@ -78,28 +135,23 @@ def biases(p: Problem, gmem: Refs, smem: Refs, block: Block, matrices: Sequence[
     return dict.fromkeys(matrices) | found | buffers
 
 
-def turn_into(target: Any, matrix: jax.Array, turn: Turn, bias: Any = None) -> None:
-    """Adds the head's bias, if there is one, to a group's B or C in a chunk, and turns it; a fence must follow.
+def turn_into(target: Any, source: Any, part: Part, turn: Turn | None, bias: Any = None) -> None:
+    """Adds the head's bias to a part of a group's B or C in a chunk, and turns it; a fence must follow.
 
     Args:
-        target: reference to where the result goes, perhaps what ``matrix`` was loaded from.
-        matrix: the group's.
+        target: reference to where the result goes, perhaps the same as ``source``.
+        source: reference to the group's.
+        part: which part.
         turn: by what.
-        bias: reference to a number a component, or one a row and component.
+        bias: reference to a number a component, or one a row and component, or None for none.
     """
-    matrix = matrix.astype(jnp.float32)
-    of_head = made(matrix, turn, None if bias is None else load_bias(bias))
-    store(target, of_head.astype(target.dtype))
-
-
-def made(matrix: jax.Array, turn: Turn | None, bias: jax.Array | None) -> jax.Array:
-    """A head's B or C in a chunk: the group's, in float32, with its bias, if there is one, turned, if it turns."""
+    matrix = blocks.load(part.of(source))
     if bias is not None:
-        matrix = matrix + bias
-    return matrix if turn is None else turned(matrix, turn)
+        matrix = matrix + _load_bias(part.of(bias))
+    store(part.of(target), turned(matrix, turn).astype(target.dtype))
 
 
-def load_bias(bias: Any) -> jax.Array:
+def _load_bias(bias: Any) -> jax.Array:
     """Loads a bias of all rows of a chunk, or of each."""
     by_row = len(bias.shape) == 2
     return blocks.load(bias) if by_row else blocks.by_column(blocks.load(bias, blocks.COLUMNS), CHUNK)

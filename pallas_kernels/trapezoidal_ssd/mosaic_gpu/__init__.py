@@ -129,10 +129,10 @@ def forward_pass(arrays: Arrays, *, save_states: bool) -> Arrays:
     inputs |= call.starts(inputs, made.get("initial_state"), reverse=False)
     results = forward.scan(call.problem(call.plan.forward), inputs, save_states=save_states)
     end = results["end"][:, -1]
-    turned_back = turning.turn_states(call.trim_state(end), _last_angles(call, made), back=True)
+    final_state = turning.as_given(call.trim_state(end), arrays["B"].shape[-1])
     trimmed = {
         "y": call.trim_tokens(results["y"], arrays["x"]),
-        "final_state": turning.trim_halves(turned_back, arrays["B"].shape[-1]),
+        "final_state": turning.turn_states(final_state, _last_angles(call, made), back=True),
     }
     if save_states:
         trimmed |= {"states": results["states"], "tokens": inputs["tokens"], "angles": made["angles"]}
@@ -146,7 +146,7 @@ def backward_pass(arrays: Arrays) -> Arrays:
     inputs = _prepared(call, made | {"dy": arrays["dy"]}, "x", "dy", "B", "C", "D")
     dfinal_state = arrays.get("dfinal_state")
     if dfinal_state is not None:
-        dfinal_state = turning.turn_states(turning.pad_halves(dfinal_state), _last_angles(call, made))
+        dfinal_state = turning.in_parts(turning.turn_states(dfinal_state, _last_angles(call, made)))
     start = call.starts(inputs, dfinal_state, reverse=True)
     walk = call.problem(call.plan.states)
     walked = states.scan(walk, inputs | start, reverse=True, save=True)
@@ -160,7 +160,7 @@ def backward_pass(arrays: Arrays) -> Arrays:
     }
     if "initial_state" in arrays:
         end = call.trim_state(walked["end"][:, 0])
-        gradients["initial_state"] = turning.trim_halves(end, arrays["B"].shape[-1])
+        gradients["initial_state"] = turning.as_given(end, arrays["B"].shape[-1])
     if "D" in arrays:
         gradients["D"] = call.trim_channels(jnp.sum(results["dD"], axis=1).reshape(call.batch, -1))
     return gradients | _matrix_gradients(call, arrays, results["dmatrices"])
@@ -179,7 +179,7 @@ def _matrix_gradients(call: Call, arrays: Arrays, of_heads: jax.Array) -> Arrays
     gradients = {}
     for i, name in enumerate(("B", "C")):
         of_group = of_groups[i].reshape(call.batch, -1, rank, groups, call.state)[:, :length]
-        gradients[name] = turning.trim_halves(jnp.swapaxes(of_group, 2, 3), state)
+        gradients[name] = turning.as_given(jnp.swapaxes(of_group, 2, 3), state)
         if f"{name}_bias" in arrays:
             if rank == 1:
                 of_bias = jnp.sum(of_chunks[i], axis=1)
@@ -188,7 +188,7 @@ def _matrix_gradients(call: Call, arrays: Arrays, of_heads: jax.Array) -> Arrays
                 of_bias = jnp.moveaxis(jnp.sum(by_rank.astype(jnp.float32), axis=(1, 4)), 3, 1)
             of_pieces = of_bias.reshape(call.batch, rank, call.heads, call.pieces, call.state)
             of_bias = jnp.swapaxes(jnp.sum(of_pieces, axis=3), 1, 2)
-            gradients[f"{name}_bias"] = turning.trim_halves(of_bias, state)
+            gradients[f"{name}_bias"] = turning.as_given(of_bias, state)
     return gradients
 
 
@@ -221,14 +221,14 @@ def _kernel_arrays(arrays: Arrays) -> Arrays:
     rank = arrays["B"].shape[3]
     made = dict(arrays)
     if "initial_state" in arrays:
-        made["initial_state"] = turning.pad_halves(arrays["initial_state"])
+        made["initial_state"] = turning.in_parts(arrays["initial_state"])
     if "angles" not in arrays:
         sums = angles.sums(arrays["step_size"], arrays["theta"], CHUNK // rank)
         made["angles"] = jnp.repeat(sums, rank, axis=3)
     for name in ("B", "C"):
-        made[name] = turning.pad_halves(_as_tokens(arrays[name]))
+        made[name] = turning.in_parts(_as_tokens(arrays[name]))
         if f"{name}_bias" in arrays:
-            bias = turning.pad_halves(arrays[f"{name}_bias"])
+            bias = turning.in_parts(arrays[f"{name}_bias"])
             made[f"{name}_bias"] = bias[:, 0] if rank == 1 else jnp.tile(bias, (1, CHUNK // rank, 1))
     return made
 
@@ -241,7 +241,8 @@ def _prepared(call: Call, made: Arrays, *names: str) -> Arrays:
 
 def _last_angles(call: Call, made: Arrays) -> jax.Array:
     """The angles at the end of the sequence, by which the kernels' final state is turned."""
-    return turning.angles_at_end(made["angles"], call.length - 1)
+    angles = turning.angles_at_end(made["angles"], call.length - 1)
+    return angles[:, : call.heads, : made["theta"].shape[-1]]
 
 
 def _call(made: Arrays, arrays: Arrays) -> Call:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +18,10 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_gpu_compat import plgpu, store, synchronize
+from pallas_kernels.mosaic_gpu_compat import MAX_SHARED_MEMORY, plgpu, store, synchronize
 from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks, slopes, turning
-from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, STATE_UNIT, Problem
-from pallas_kernels.trapezoidal_ssd.mosaic_gpu import components
-from pallas_kernels.trapezoidal_ssd.mosaic_gpu.components import Components
+from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, STATE_UNIT, TOKEN_ROWS, Problem
 from pallas_kernels.trapezoidal_ssd.mosaic_gpu.head_by_head import STREAMED, STREAMED_IF_THERE, HeadByHead
 
 _EVEN_SHARE = 128
@@ -31,25 +29,39 @@ _EVEN_SHARE = 128
 _REGISTERS = {"inputs": 120, "attention": 152, "matrices": 216, "loads": 24}
 """Of a lane of each warpgroup, by its work. What does not fit is spilled, and beside so much shared memory there is
 hardly a cache for it: 16 fewer for the second took 14 % longer."""
+_REGISTERS_FOR_PARTS = {"inputs": 128, "attention": 176, "matrices": 184, "loads": 24}
+"""The same for a state of several parts, of whose gradients there is less at once."""
 # A warpgroup that wants more than the others have left waits for ever.
-assert sum(_REGISTERS.values()) <= len(_REGISTERS) * _EVEN_SHARE
+assert all(sum(r.values()) <= len(r) * _EVEN_SHARE for r in (_REGISTERS, _REGISTERS_FOR_PARTS))
 
 _GRADIENT_TILES = 2
 """Tiles of a gradient of B or C on their way out at once: more leave no room for large states."""
 
+_SHARED_MEMORY = MAX_SHARED_MEMORY - 3 * 1024
+"""Bytes of a block, less what reductions and barriers take."""
+_ALIGNMENT = 1024
+"""Bytes that every array in shared memory begins at a multiple of."""
 
-def shared_memory(state: int, pairs: int, token_rows: int) -> tuple[int, int]:
-    """Bytes of a block: those that it needs once, and those of each stage."""
+
+def most_stages(state: int, pairs: int) -> int:
+    """How many heads fit into shared memory at once."""
+    matrices = len(_matrices(state, pairs))
+    return next((n for n in (2, 1) if _shared_memory(state, pairs, n, matrices) <= _SHARED_MEMORY), 0)
+
+
+def _matrices(state: int, pairs: int) -> tuple[str, ...]:
+    """Names of B and C in shared memory, as ``HeadByHead`` knows them: the group's, where they fit, and the head's."""
+    fits = _shared_memory(state, pairs, stages=1, matrices=4) <= _SHARED_MEMORY
+    return ("B", "C", "turned_B", "turned_C") if fits else ("turned_B", "turned_C")
+
+
+def _shared_memory(state: int, pairs: int, stages: int, matrices: int) -> int:
+    """Bytes of a block, with biases of a number a component."""
     square, matrix = CHUNK * CHUNK * 2, CHUNK * state * 2
-    numbers = (token_rows + 1) * CHUNK + CHANNELS + 2 * state
-    once = (4 + _GRADIENT_TILES) * square + len(_matrices(state)) * matrix
-    return once, 2 * square + 2 * matrix + numbers * 4 + CHUNK * pairs * 2
-
-
-def _matrices(state: int) -> tuple[str, ...]:
-    """Names of B and C in shared memory, as ``HeadByHead`` knows them: of a large state the head's alone fit."""
-    of_head = ("turned_B", "turned_C")
-    return ("B", "C", *of_head) if state <= components.MOST_AT_ONCE else of_head
+    once = (4 + _GRADIENT_TILES) * square + matrices * matrix
+    numbers = [(TOKEN_ROWS + 1) * CHUNK, CHUNK, CHANNELS, state, state]
+    aligned = sum(-(-stages * count * 4 // _ALIGNMENT) * _ALIGNMENT for count in numbers)
+    return once + stages * (2 * square + 2 * matrix + CHUNK * pairs * 2) + aligned
 
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: int) -> dict[str, jax.Array]:
@@ -89,7 +101,7 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, splits: int, stages: in
         "angles": plgpu.SMEM((stages, CHUNK, p.pairs), jnp.int16),
         "step_size": plgpu.SMEM((stages, CHUNK), jnp.float32),
         **{name: plgpu.SMEM((stages, inputs[name].shape[1]), jnp.float32) for name in parameters},
-        **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in _matrices(p.state)},
+        **{name: blocks.operand(CHUNK, p.state, dtype=dtype) for name in _matrices(p.state, p.pairs)},
         "gradient": blocks.operand(_GRADIENT_TILES, CHUNK, STATE_UNIT, dtype=dtype),
         **{name: blocks.operand(CHUNK, CHUNK, dtype=dtype) for name in ("attention", "weights", "passed", "from_row")},
         "loaded": plgpu.Barrier(num_arrivals=2),
@@ -118,7 +130,8 @@ class _Block(HeadByHead):
     def run(self) -> None:
         """Sends each warpgroup to its work."""
         warpgroup = lax.axis_index("warpgroup")
-        for number, (work, registers) in enumerate(_REGISTERS.items()):
+        shares = _REGISTERS if len(self.parts) == 1 else _REGISTERS_FOR_PARTS
+        for number, (work, registers) in enumerate(shares.items()):
             pl.when(warpgroup == number)(functools.partial(self.start, work, registers))
 
     def start(self, work: str, registers: int) -> None:
@@ -220,7 +233,7 @@ class _Block(HeadByHead):
             dangles, dstep_sizes = zip(*filter(None, found), strict=True)
             store(gmem["dstep_size"].at[batch, head, chunk], functools.reduce(jnp.add, dstep_sizes))
             step_size = blocks.by_row(blocks.load(refs["step_size"], blocks.ROWS), self.p.pairs)
-            return dtheta + components.together(dangles) * step_size
+            return dtheta + _beside(dangles) * step_size
 
         dtheta = plgpu.layout_cast(jnp.zeros((CHUNK, self.p.pairs), jnp.float32), blocks.LAYOUT)
         dtheta = self.over_heads(work, dtheta)
@@ -228,12 +241,12 @@ class _Block(HeadByHead):
         plgpu.wait_smem_to_gmem(0)
 
     def gradients(
-        self, part: Components, head: Any, refs: Refs, *, first: bool, last: bool
+        self, part: turning.Part, head: Any, refs: Refs, *, first: bool, last: bool
     ) -> tuple[jax.Array, jax.Array] | None:
-        """Writes the gradients of a head's B and C, for some components of the state.
+        """Writes the gradients of a head's B and C, for a part of the state.
 
         Args:
-            part: the components.
+            part: which part.
             head: number of the head.
             refs: what was loaded of it.
             first: whether it is the head's first part, and waits for the second warpgroup's weights.
@@ -245,12 +258,11 @@ class _Block(HeadByHead):
         """
         gmem, smem, tokens, (batch, chunk) = self.gmem, self.smem, refs["tokens"], self.at
         B, C, weights, buffer = (smem[name] for name in ("turned_B", "turned_C", "weights", "gradient"))
-        turn = part.turn_by(refs["angles"])
 
         def put(matrix: int, gradient: jax.Array) -> None:
-            if turn is not None:
-                gradient = turning.turned(gradient, turn, back=True)
-            gradient = gradient.astype(buffer.dtype)
+            # Cosines and sines are made for each matrix: from one to the other they would take registers.
+            turn = turning.turn_by(part, refs["angles"])
+            gradient = turning.turned(gradient, turn, back=True).astype(buffer.dtype)
             for tiles in itertools.batched(enumerate(part.tiles), buffer.shape[0]):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for place, (i, _) in enumerate(tiles):
@@ -261,26 +273,28 @@ class _Block(HeadByHead):
                     plgpu.copy_smem_to_gmem(buffer.at[place], target)
 
         def swing(gradient: jax.Array, matrix: Any) -> Any:
-            return _swing(gradient, part.load(matrix), part.turning_pairs) if turn is not None else 0.0
+            return _swing(gradient, blocks.load(part.of(matrix)), part.pairs) if part.pairs else 0.0
 
         # What goes through the state after the chunk, while the second warpgroup still makes the weights.
         to_end = jnp.exp2(tokens[0, CHUNK - 1] - blocks.load(tokens.at[1], blocks.ROWS))
-        dB = part.product((self.weighted(refs["x"], to_end), refs["dstates"]))
+        dB = blocks.product((self.weighted(refs["x"], to_end), part.of(refs["dstates"])))
         into_state = swing(dB, B)
         if first:
             plgpu.barrier_wait(smem["made"])
-        dB = part.product((blocks.transposed(weights), C), plus=dB)
+        dB = blocks.product((blocks.transposed(weights), part.of(C)), plus=dB)
         swings = swing(dB, B)
         dy = self.weighted(refs["dy"], jnp.exp2(blocks.load(tokens.at[0], blocks.ROWS)))
-        dC = part.product((dy, refs["states"]), (weights, B), meanwhile=lambda: put(0, dB))
+        dC, _ = blocks.products(
+            ([(dy, part.of(refs["states"])), (weights, part.of(B))], None), meanwhile=lambda: put(0, dB)
+        )
         swings = swings + swing(dC, C)
         if last:
             plgpu.barrier_arrive(smem["used"])
-        if turn is None:
+        if not part.pairs:
             put(1, dC)
             return None
         # So far a row a token; the state before the chunk turns as well, and adds what it does a row a channel.
-        of_states = swing(part.load(refs["dstates"]), refs["states"])
+        of_states = swing(blocks.load(part.of(refs["dstates"])), refs["states"])
         into_state = into_state + of_states * jnp.exp2(tokens[0, CHUNK - 1])
         theta = blocks.load(part.of_pairs(gmem["theta"].at[batch, chunk]))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -315,7 +329,12 @@ class _Block(HeadByHead):
             plgpu.commit_smem()
             sums = blocks.product((self.smem["from_row"], buffer.at[0]), (all_tokens, buffer.at[1]))
             pieces.append(turning.columns(sums, 0, half) + turning.columns(sums, half, CHUNK))
-        return components.together(pieces)
+        return _beside(pieces)
+
+
+def _beside(pieces: Sequence[jax.Array]) -> jax.Array:
+    """Columns beside each other."""
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
 
 
 def _swing(gradient: jax.Array, matrix: jax.Array, pairs: int) -> jax.Array:

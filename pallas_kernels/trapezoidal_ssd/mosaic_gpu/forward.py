@@ -15,6 +15,10 @@ from pallas_kernels.mosaic_gpu_launch import Refs, launch
 from pallas_kernels.ssd.mosaic_gpu import blocks, turning
 from pallas_kernels.ssd.mosaic_gpu.blocks import CHANNELS, CHUNK, Problem
 
+_LARGEST_AT_ONCE = 192
+"""State beside which scores and what the state adds to y are multiplied at once. Where registers do not suffice the
+compiler waits for each matrix instruction before it starts the next."""
+
 
 def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> dict[str, jax.Array]:
     """Computes y and the state after each part.
@@ -41,6 +45,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
     def forward(gmem: Refs, smem: Refs) -> None:
         block = p.block()
         weights = smem["weights"]
+        # Beside a larger state registers have no place for the results of two products, or what is made meanwhile.
+        at_once = p.state <= _LARGEST_AT_ONCE
         row, column = blocks.token_coordinates(p.rank)
         biases = turning.biases(p, gmem, smem, block, ["B", "C"])
         D = blocks.load(gmem["D"].at[block.head], blocks.ROWS) if "D" in gmem else None
@@ -49,26 +55,35 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         def step(chunk: Any, refs: Refs, release: Any, state: jax.Array) -> jax.Array:
             tokens, B, C = refs["tokens"], refs["B"], blocks.transposed(refs["C"])
             whole = tokens[0, CHUNK - 1]
-            turn = turning.turn_by(refs["angles"])
-            for name in ("B", "C"):
-                turning.turn_into(refs[name], blocks.load_operand(refs[name]), turn, biases[name])
+            for part in turning.parts_of(p.state, p.pairs):
+                turn = turning.turn_by(part, refs["angles"])
+                for name in ("B", "C"):
+                    turning.turn_into(refs[name], refs[name], part, turn, biases[name])
             plgpu.commit_smem()
 
-            def weigh() -> tuple[jax.Array, jax.Array, jax.Array]:
+            def load_decays() -> jax.Array:
+                return blocks.decays(tokens, transpose=True, rank=p.rank)
+
+            def load_x() -> tuple[jax.Array, jax.Array]:
                 x = blocks.load_operand(blocks.transposed(refs["x"]))
                 to_end = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
-                weighted = (x.astype(jnp.float32) * blocks.by_column(to_end, CHANNELS)).astype(dtype)
-                return blocks.decays(tokens, transpose=True, rank=p.rank), x, weighted
+                return x, (x.astype(jnp.float32) * blocks.by_column(to_end, CHANNELS)).astype(dtype)
 
-            scores, y, (decays, x, weighted) = blocks.products(
-                ([(B, C)], None), ([(state.astype(dtype), C)], None), meanwhile=weigh
-            )
+            if at_once:
+                scores, y, (decays, (x, weighted)) = blocks.products(
+                    ([(B, C)], None), ([(state.astype(dtype), C)], None), meanwhile=lambda: (load_decays(), load_x())
+                )
+            else:
+                scores, decays = blocks.products(([(B, C)], None), meanwhile=load_decays)
             store(weights, jnp.where(row <= column, scores * decays, 0.0).astype(dtype))
             plgpu.commit_smem()
             # Of the chunk before.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             release()
 
+            if not at_once:
+                y = blocks.product((state.astype(dtype), C))
+                x, weighted = load_x()
             y = y * blocks.by_column(jnp.exp2(blocks.load(tokens.at[0], blocks.COLUMNS)), CHANNELS)
             y, state = blocks.products(([(x, weights)], y), ([(weighted, B)], state * jnp.exp2(whole)))
             if D is not None:

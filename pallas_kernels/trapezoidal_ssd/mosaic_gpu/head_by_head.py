@@ -1,8 +1,8 @@
 """How the warpgroups of the backward kernel go from head to head: what they load, and make for each other.
 
 B and C as they are loaded are the same for all heads of a group. Heads follow each other in ``stages`` places of shared
-memory; their own B and C have one place, so that the next head's are made when all are done with the last one's. Of a
-large state the group's have no place beside it: they are loaded there for every head, and turned where they are.
+memory; their own B and C have one place, so that the next head's are made when all are done with the last one's. Where
+the group's do not fit beside it, they are loaded there for every head, and turned where they are.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from jax import lax
 
 from pallas_kernels.mosaic_gpu_compat import plgpu
 from pallas_kernels.mosaic_gpu_launch import Refs
-from pallas_kernels.ssd.mosaic_gpu import blocks
+from pallas_kernels.ssd.mosaic_gpu import blocks, turning
 from pallas_kernels.ssd.mosaic_gpu.blocks import Problem
-from pallas_kernels.trapezoidal_ssd.mosaic_gpu import components
-from pallas_kernels.trapezoidal_ssd.mosaic_gpu.components import Components
 
 STREAMED = ("x", "dy", "states", "dstates", "tokens", "angles", "step_size")
 """What is loaded for each head."""
@@ -59,9 +57,9 @@ class HeadByHead:
         return lax.axis_index("group") * self.splits + lax.axis_index("split")
 
     @property
-    def parts(self) -> list[Components]:
-        """Of the state: those that are in registers at once."""
-        return components.parts(self.p.state, self.p.pairs)
+    def parts(self) -> list[turning.Part]:
+        """Of the state: what is in registers at once."""
+        return turning.parts_of(self.p.state, self.p.pairs)
 
     @property
     def in_place(self) -> bool:
@@ -161,7 +159,8 @@ class HeadByHead:
         """Makes a head's B or C."""
         bias = self.bias(name, head, refs)
         for part in self.parts:
-            part.turn(self.smem[f"turned_{name}"], self.loaded(name), refs["angles"], bias)
+            turn = turning.turn_by(part, refs["angles"])
+            turning.turn_into(self.smem[f"turned_{name}"], self.loaded(name), part, turn, bias)
         plgpu.commit_smem()
 
     def bias(self, matrix: str, head: Any, refs: Refs) -> Any:

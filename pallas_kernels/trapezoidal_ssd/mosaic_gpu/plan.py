@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.mosaic_gpu_compat import MAX_SHARED_MEMORY
 from pallas_kernels.ssd.mosaic_gpu import plan as ssd_plan
-from pallas_kernels.ssd.mosaic_gpu.blocks import TOKEN_ROWS
 from pallas_kernels.ssd.mosaic_gpu.plan import Plan
 from pallas_kernels.trapezoidal_ssd.mosaic_gpu import backward
-
-_SHARED_MEMORY = MAX_SHARED_MEMORY - 2048
-"""Bytes of a block, less what barriers and reductions may take."""
 
 _BLOCKS = 4 * ssd_plan.MULTIPROCESSORS
 """Of the backward kernel: with two a multiprocessor it takes 5 to 6 % longer."""
@@ -33,8 +28,7 @@ def choose(batch: int, chunks: int, heads: int, groups: int, state: int, pairs: 
         state: size of the kernels' state.
         pairs: angles of a head and token.
     """
-    once, stage = backward.shared_memory(state, pairs, TOKEN_ROWS + 1)
-    stages = min(2, heads // groups, (_SHARED_MEMORY - once) // stage)
+    stages = min(backward.most_stages(state, pairs), heads // groups)
     # With two chunks in shared memory two blocks share a multiprocessor, of a state of 128.
     walk = (1, 2)
     chosen = ssd_plan.choose(batch, chunks, heads, groups, state)

@@ -5,7 +5,8 @@ gradients do not come of that view: a sum over all later tokens of terms that ne
 gradient of an angle is made of what passes through its token instead: from the tokens of its chunk, and, for all later
 chunks at once, from the state after its chunk.
 
-Pairs are n and n + half of the kernels' state: each half of the operator's is padded to a multiple of 32.
+Pairs are n and n + half of the operator's state. Each half of it is padded to a multiple of 32, and where that makes a
+state of several parts, each gets as many of either half.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int16
 
 from pallas_kernels.ssd.mosaic_gpu.blocks import STATE_UNIT
-from pallas_kernels.ssd.mosaic_gpu.turning import FULL_TURN
+from pallas_kernels.ssd.mosaic_gpu.turning import FULL_TURN, part_width
 from pallas_kernels.trapezoidal_ssd.rotation import rotate, turn_by
 
 _HALF_UNIT = STATE_UNIT // 2
@@ -26,34 +27,40 @@ def padded_state(state: int) -> int:
     return 2 * (-(-half // _HALF_UNIT) * _HALF_UNIT)
 
 
-def pad_halves(array: Float[Array, "*dims state"]) -> Float[Array, "*dims padded_state"]:
+def in_parts(array: Float[Array, "*dims state"]) -> Float[Array, "*dims padded_state"]:
     """Gives an array the kernels' state."""
     state, wanted = array.shape[-1], padded_state(array.shape[-1])
-    if state == wanted:
-        return array
-    halves = [
-        jnp.pad(half, [(0, 0)] * (array.ndim - 1) + [(0, wanted // 2 - half.shape[-1])])
-        for half in (array[..., : state // 2], array[..., state // 2 :])
-    ]
-    return jnp.concatenate(halves, axis=-1)
+    half = wanted // 2
+    if state < wanted:
+        halves = array[..., : state // 2], array[..., state // 2 :]
+        widths = [(0, 0)] * (array.ndim - 1)
+        array = jnp.concatenate([jnp.pad(some, [*widths, (0, half - some.shape[-1])]) for some in halves], axis=-1)
+    return _exchanged(array, 2, wanted // part_width(wanted))
 
 
-def trim_halves(array: Float[Array, "*dims padded_state"], state: int) -> Float[Array, "*dims state"]:
-    """Undoes ``pad_halves``."""
-    if array.shape[-1] == state:
+def as_given(array: Float[Array, "*dims padded_state"], state: int) -> Float[Array, "*dims state"]:
+    """Undoes ``in_parts``."""
+    padded = array.shape[-1]
+    array = _exchanged(array, padded // part_width(padded), 2)
+    if padded == state:
         return array
-    second = array.shape[-1] // 2
+    second = padded // 2
     return jnp.concatenate([array[..., : state // 2], array[..., second : second + state - state // 2]], axis=-1)
 
 
+def _exchanged(array: jax.Array, outer: int, inner: int) -> jax.Array:
+    """A state of ``outer`` times ``inner`` pieces as one of ``inner`` times ``outer``: piece (i, j) becomes (j, i)."""
+    if 1 in (outer, inner):
+        return array
+    pieces = array.reshape(*array.shape[:-1], outer, inner, -1)
+    return jnp.swapaxes(pieces, -3, -2).reshape(array.shape)
+
+
 def turn_states(
-    states: Float[Array, "batch heads head_dim padded_state"],
-    angles: Int16[Array, "batch padded_heads pairs"],
-    *,
-    back: bool = False,
-) -> Float[Array, "batch heads head_dim padded_state"]:
+    states: Float[Array, "batch heads head_dim state"], angles: Int16[Array, "batch heads pairs"], *, back: bool = False
+) -> Float[Array, "batch heads head_dim state"]:
     """Turns states, or their gradients, from the operator's view into the kernels', or back."""
-    angle = angles[:, : states.shape[1], None].astype(jnp.float32) * (2 / FULL_TURN)
+    angle = angles[:, :, None].astype(jnp.float32) * (2 / FULL_TURN)
     return rotate(states, turn_by(-angle if back else angle))
 
 
