@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,15 +17,36 @@ import jax
 import jaxtyping
 import pytest
 
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+"""What was compiled on a CPU, by this run or another: with all of it there the tests take a third of the time."""
+_SECONDS_KEPT = 7 * 24 * 3600
 
-def pytest_configure() -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
     # Before any array exists, and before any of the packages is imported.
     jax.config.update("jax_num_cpu_devices", 8)
+    if jax.default_backend() == "cpu":
+        keep_programs()
+        if not hasattr(config, "workerinput"):
+            forget_old_programs()
     jaxtyping.install_import_hook(["mamba_jax", "pallas_kernels", "train"], "beartype.beartype")
     # The first example of a shape compiles; that says nothing about the code's speed. The examples are the same in
     # every run, as all random numbers of the tests are: what fails once fails again.
     hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
     hypothesis.settings.load_profile("reproducible")
+
+
+def keep_programs() -> None:
+    """Takes what is compiled from where the last run left it, and leaves it there for the next."""
+    jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def forget_old_programs() -> None:
+    for program in PROGRAMS.glob("*"):
+        if time.time() - program.stat().st_mtime > _SECONDS_KEPT:
+            program.unlink()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import grain
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -45,7 +44,7 @@ def read_corpus(monkeypatch, corpus):
 
 def save(workdir, seed: int, model: LanguageModelConfig = MODEL):
     experiment = Experiment(model=model, data=DataConfig(sequence_length=LENGTH, global_batch_size=1))
-    built = jax.jit(lambda: model.build(nnx.Rngs(seed)))()
+    built = model.build(nnx.Rngs(seed))
     with Checkpointer(workdir, experiment, tokenizer=ByteTokenizer().describe()) as checkpointer:
         checkpointer.save(7, {"model": built}, iter(grain.MapDataset.range(3).to_iter_dataset()))
     return built

@@ -24,7 +24,7 @@ CONFIG = LanguageModelConfig(
 
 
 def build(config: LanguageModelConfig = CONFIG) -> LanguageModel:
-    return jax.jit(lambda: config.build(nnx.Rngs(0)))()
+    return config.build(nnx.Rngs(0))
 
 
 def tokens(batch_size: int = 2, length: int = 11, seed: int = 0):
