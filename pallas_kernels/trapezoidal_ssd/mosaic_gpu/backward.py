@@ -199,10 +199,10 @@ class _Block(HeadByHead):
             weights, scores, decays = blocks.products(
                 ([(refs["dy"], blocks.transposed(refs["x"]))], None),
                 ([(C, blocks.transposed(B))], None),
-                meanwhile=functools.partial(blocks.decays, tokens, rank=self.p.rank),
+                meanwhile=lambda: jnp.where(other <= token, blocks.decays(tokens, rank=self.p.rank), 0.0),
             )
-            attention = jnp.where(other <= token, scores * decays, 0.0)
-            weights = jnp.where(other <= token, weights * decays, 0.0)
+            attention = scores * decays
+            weights = weights * decays
             passed = weights * scores
             self.put_slope("own", head, jnp.sum(jnp.where(other == token, passed, 0.0), axis=1))
             # The last head's sums read "passed", and products end in each warp by itself.
