@@ -53,9 +53,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, reverse: bool, save: bo
             else:
                 weight = jnp.exp2(whole - blocks.load(tokens.at[1], blocks.COLUMNS))
             if p.pairs:
-                for part in turning.parts_of(p.state, p.pairs):
-                    turn = turning.turn_by(part, refs["angles"])
-                    turning.turn_into(refs[matrix], refs[matrix], part, turn, bias)
+                parts = turning.parts_of(p.state, p.pairs)
+                turning.turn_into(parts, refs["angles"], (refs[matrix], refs[matrix], bias))
                 plgpu.commit_smem()
             signals = blocks.load_operand(blocks.transposed(refs[signal]))
             weighted = signals * blocks.by_column(weight.astype(dtype), CHANNELS)

@@ -135,20 +135,22 @@ def biases(p: Problem, gmem: Refs, smem: Refs, block: Block, matrices: Sequence[
     return dict.fromkeys(matrices) | found | buffers
 
 
-def turn_into(target: Any, source: Any, part: Part, turn: Turn | None, bias: Any = None) -> None:
-    """Adds the head's bias to a part of a group's B or C in a chunk, and turns it; a fence must follow.
+def turn_into(parts: Sequence[Part], angles: Any, *matrices: tuple[Any, Any, Any]) -> None:
+    """Makes B or C of a head in a chunk, or both: adds its bias to the group's, and turns it; a fence must follow.
 
     Args:
-        target: reference to where the result goes, perhaps the same as ``source``.
-        source: reference to the group's.
-        part: which part.
-        turn: by what.
-        bias: reference to a number a component, or one a row and component, or None for none.
+        parts: of the state.
+        angles: reference to the chunk's angles.
+        matrices: references to where the result goes, to the group's, which may be the same, and to the bias: a number
+            a component, or one a row and component, or None.
     """
-    matrix = blocks.load(part.of(source))
-    if bias is not None:
-        matrix = matrix + _load_bias(part.of(bias))
-    store(part.of(target), turned(matrix, turn).astype(target.dtype))
+    for part in parts:
+        turn = turn_by(part, angles)
+        for target, source, bias in matrices:
+            matrix = blocks.load(part.of(source))
+            if bias is not None:
+                matrix = matrix + _load_bias(part.of(bias))
+            store(part.of(target), turned(matrix, turn).astype(target.dtype))
 
 
 def _load_bias(bias: Any) -> jax.Array:

@@ -44,9 +44,8 @@ _ALIGNMENT = 1024
 
 
 def most_stages(state: int, pairs: int) -> int:
-    """How many heads fit into shared memory at once."""
-    matrices = len(_matrices(state, pairs))
-    return next((n for n in (2, 1) if _shared_memory(state, pairs, n, matrices) <= _SHARED_MEMORY), 0)
+    """How many heads, one or two, fit into shared memory at once."""
+    return 2 if _shared_memory(state, pairs, 2, len(_matrices(state, pairs))) <= _SHARED_MEMORY else 1
 
 
 def _matrices(state: int, pairs: int) -> tuple[str, ...]:

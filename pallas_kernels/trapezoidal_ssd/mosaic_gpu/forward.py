@@ -55,10 +55,8 @@ def scan(p: Problem, inputs: Mapping[str, jax.Array], *, save_states: bool) -> d
         def step(chunk: Any, refs: Refs, release: Any, state: jax.Array) -> jax.Array:
             tokens, B, C = refs["tokens"], refs["B"], blocks.transposed(refs["C"])
             whole = tokens[0, CHUNK - 1]
-            for part in turning.parts_of(p.state, p.pairs):
-                turn = turning.turn_by(part, refs["angles"])
-                for name in ("B", "C"):
-                    turning.turn_into(refs[name], refs[name], part, turn, biases[name])
+            in_place = [(refs[name], refs[name], biases[name]) for name in ("B", "C")]
+            turning.turn_into(turning.parts_of(p.state, p.pairs), refs["angles"], *in_place)
             plgpu.commit_smem()
 
             def load_decays() -> jax.Array:

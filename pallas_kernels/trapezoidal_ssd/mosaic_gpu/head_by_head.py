@@ -157,10 +157,8 @@ class HeadByHead:
 
     def turn(self, name: str, head: Any, refs: Refs) -> None:
         """Makes a head's B or C."""
-        bias = self.bias(name, head, refs)
-        for part in self.parts:
-            turn = turning.turn_by(part, refs["angles"])
-            turning.turn_into(self.smem[f"turned_{name}"], self.loaded(name), part, turn, bias)
+        target, source = self.smem[f"turned_{name}"], self.loaded(name)
+        turning.turn_into(self.parts, refs["angles"], (target, source, self.bias(name, head, refs)))
         plgpu.commit_smem()
 
     def bias(self, matrix: str, head: Any, refs: Refs) -> Any:
