@@ -37,10 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def keep_programs() -> None:
-    """Takes what is compiled from where the last run left it, and leaves it there for the next."""
-    jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    """Takes what is compiled from where the last run left it, and leaves it there; so do processes that tests start."""
+    settings = {
+        "jax_compilation_cache_dir": str(PROGRAMS),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 def forget_old_programs() -> None:

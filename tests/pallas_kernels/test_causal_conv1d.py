@@ -43,8 +43,9 @@ def cast(inputs, dtype):
     return {name: jnp.asarray(value, dtype) for name, value in inputs.items()}
 
 
+@functools.partial(jax.jit, static_argnames=("activation", "implementation"))
 def convolve(inputs, segment_ids=None, **options):
-    return causal_conv1d(**inputs, segment_ids=segment_ids, **{"return_final_state": True} | options)
+    return causal_conv1d(**inputs, segment_ids=segment_ids, return_final_state=True, **options)
 
 
 @functools.partial(jax.jit, static_argnames="implementation")

@@ -87,9 +87,9 @@ def cast(inputs, dtype):
     }
 
 
-def scan(inputs, segment_ids=None, **options):
-    options = {"delta_softplus": True, "return_final_state": True} | options
-    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+@functools.partial(jax.jit, static_argnames=("implementation", "delta_softplus"))
+def scan(inputs, segment_ids=None, *, implementation=None, delta_softplus=True):
+    options = {"delta_softplus": delta_softplus, "return_final_state": True, "implementation": implementation}
     return selective_scan(**inputs, segment_ids=segment_ids, **options)
 
 

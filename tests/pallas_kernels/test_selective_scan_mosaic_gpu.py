@@ -111,21 +111,25 @@ def test_step_sizes_are_taken_as_they_are_without_the_softplus():
     assert_right(inputs._replace(delta=jnp.abs(inputs.delta) / 10), delta_softplus=False)
 
 
-def in_step(choose, warpgroups):
-    """The same plans with so many warpgroups a block."""
+@pytest.fixture
+def change_plans(monkeypatch):
+    """Cuts both kernels into so many parts of the length, or gives their blocks so many warpgroups."""
 
-    def chosen(*arguments):
-        p = choose(*arguments)
-        return dataclasses.replace(p, geometry=dataclasses.replace(p.geometry, warpgroups=warpgroups))
+    def change(num_parts: int = 1, warpgroups: int = 1) -> None:
+        for name in ("forward", "backward"):
+            monkeypatch.setattr(plan, name, functools.partial(changed, getattr(plan, name), num_parts, warpgroups))
 
-    return chosen
+    def changed(choose, num_parts, warpgroups, *arguments):
+        geometry = dataclasses.replace(choose(*arguments).geometry, warpgroups=warpgroups)
+        return plan.Plan(geometry, num_parts)
+
+    return change
 
 
-@pytest.mark.parametrize("length", [40, 260], ids=["whole", "in parts"])
-def test_warpgroups_that_share_their_loads_compute_the_definition(length, monkeypatch):
-    for name in ("forward", "backward"):
-        monkeypatch.setattr(plan, name, in_step(getattr(plan, name), 2))
-    assert_right(make_inputs(1, length, 128, 16, dtype="bfloat16"))
+@pytest.mark.parametrize("num_parts", [1, 2], ids=["whole", "in parts"])
+def test_warpgroups_that_share_their_loads_compute_the_definition(num_parts, change_plans):
+    change_plans(num_parts, warpgroups=2)
+    assert_right(make_inputs(1, 40, 128, 16, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize(
@@ -138,11 +142,9 @@ def test_warpgroups_keep_step_where_that_fills_the_gpu(dims, warpgroups):
     assert plan.forward(batch, length, channels, 1, state, 2).geometry.warpgroups == warpgroups
 
 
-def test_parts_of_a_long_sequence_join_to_the_whole():
-    inputs = make_inputs(1, 260, 32, 16, optional=("segment_ids", "initial_state"))
-    assert plan.forward(1, 260, 32, 1, 16, 4).num_parts > 1
-    assert plan.backward(1, 260, 32, 1, 16, 4).num_parts > 1
-    assert_right(inputs)
+def test_parts_of_a_long_sequence_join_to_the_whole(change_plans):
+    change_plans(num_parts=3)
+    assert_right(make_inputs(1, 70, 32, 16, optional=("segment_ids", "initial_state")))
 
 
 @pytest.mark.parametrize(

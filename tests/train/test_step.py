@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from mamba_jax import sharding
 from mamba_jax.mixers import Mamba1Config
 from mamba_jax.models.language_model import LanguageModelConfig
+from tests.mamba_jax.meshes import on_current_mesh
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, TrainConfig
 from train.mesh import make_mesh, shard_batch
 from train.optimizer import decayed, learning_rate
@@ -73,7 +74,7 @@ def test_the_first_update_is_adamw_on_the_mean_loss():
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         return jnp.sum(losses * batch["loss_weights"]) / batch["loss_weights"].sum()
 
-    loss, gradients = jax.value_and_grad(mean_loss)(state.model)
+    loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(state.model)
     norm = float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(gradients))))
     settings, rate = EXPERIMENT.optimizer, EXPERIMENT.optimizer.learning_rate / 2
 
@@ -137,10 +138,11 @@ def test_sharded_training_equals_unsharded(mesh):
     # The parts of a batch lie across the devices too: with both, each device must find its own rows.
     # Layers are unrolled on some meshes, as they are on GPUs, and looped over on others.
     experiment = with_train(gradient_accumulation=2 if mesh.replica > 1 else 1, unroll_layers=mesh.data == 1)
+    initial = init_state(experiment)
     expected, expected_metrics = run()
     devices = jax.devices()[: np.prod(list(dataclasses.asdict(mesh).values()))]
     with jax.set_mesh(made := make_mesh(mesh, devices)):
-        state = jax.jit(lambda: init_state(experiment))()
+        state = on_current_mesh(initial, lambda: init_state(experiment))
         for path, leaf in jax.tree.leaves_with_path(state.model):
             is_matrix = any(name in jax.tree_util.keystr(path) for name in ("embedding", "proj"))
             if is_matrix or mesh.fsdp == mesh.tensor == 1:

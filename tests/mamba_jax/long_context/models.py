@@ -5,13 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType
 
-from mamba_jax import sharding
 from mamba_jax.mixers.mamba1 import Mamba1Config
 from mamba_jax.mixers.mamba2 import Mamba2Config
 from mamba_jax.mixers.mamba3 import Mamba3Config
 from mamba_jax.models.language_model import LanguageModel, LanguageModelConfig
+from tests.mamba_jax.meshes import on_current_mesh
 
 VOCAB_SIZE = 40
 TRAINING_LENGTH = 24
@@ -40,15 +39,9 @@ def language_model(seed: int = 0, pattern: str = "M", repeats: int = 2, **layers
     return jax.tree.unflatten(structure, moved)
 
 
-def mesh(**sizes: int) -> jax.sharding.Mesh:
-    """A mesh of CPU devices with these sizes of axes, 1 for all others."""
-    shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
-    return jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Explicit,) * len(shape))
-
-
-def built_on_mesh(model: LanguageModel) -> LanguageModel:
-    """A freshly initialised model of the same config, sharded over the current mesh; on none, the same numbers."""
-    return jax.jit(lambda: model.config.build(nnx.Rngs(0)))()
+def on_mesh(model: LanguageModel) -> LanguageModel:
+    """The model, sharded over the current mesh as its config says."""
+    return on_current_mesh(model, lambda: model.config.build(nnx.Rngs(0)))
 
 
 def tokens(seed: int, batch_size: int, length: int):

@@ -18,7 +18,8 @@ from mamba_jax.long_context.calibration import (
 )
 from mamba_jax.long_context.diagnostics import collect
 from mamba_jax.long_context.scaling import ScalingConfig, apply_scaling
-from tests.mamba_jax.long_context.models import TRAINING_LENGTH, built_on_mesh, language_model, mesh, tokens
+from tests.mamba_jax.long_context.models import TRAINING_LENGTH, language_model, on_mesh, tokens
+from tests.mamba_jax.meshes import mesh
 
 
 @pytest.fixture(scope="module", params=["M", "2", "3"], ids=["mamba1", "mamba2", "mamba3"])
@@ -210,9 +211,9 @@ def test_the_same_model_and_tokens_give_the_same_calibration(model, sequences, c
 
 def test_a_sharded_model_is_calibrated_like_a_whole_one(model, sequences):
     batch = sequences[:4]
-    expected = calibrate(built_on_mesh(model), batch)
+    expected = calibrate(model, batch)
     with jax.set_mesh(mesh(data=2, tensor=2)):
-        actual = calibrate(built_on_mesh(model), jax.device_put(batch, P(sharding.BATCH, None)))
+        actual = calibrate(on_mesh(model), jax.device_put(batch, P(sharding.BATCH, None)))
     assert actual.checkpoint == expected.checkpoint
     for field in dataclasses.fields(actual.places[0]):
         values = (getattr(calibration.places[0], field.name) for calibration in (actual, expected))

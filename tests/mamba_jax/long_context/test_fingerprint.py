@@ -7,7 +7,8 @@ from flax import nnx
 from mamba_jax.long_context.calibration import calibrate
 from mamba_jax.long_context.fingerprint import _checksum, fingerprint
 from mamba_jax.long_context.scaling import ScalingConfig, apply_scaling
-from tests.mamba_jax.long_context.models import built_on_mesh, language_model, mesh, tokens
+from tests.mamba_jax.long_context.models import language_model, on_mesh, tokens
+from tests.mamba_jax.meshes import mesh
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,9 @@ def test_extenders_do_not_count(model):
 
 
 def test_a_sharded_model_is_the_same_model(model):
-    expected = fingerprint(built_on_mesh(model))
+    expected = fingerprint(model)
     with jax.set_mesh(mesh(fsdp=2, tensor=2)):
-        sharded = built_on_mesh(model)
+        sharded = on_mesh(model)
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(sharded))
         assert fingerprint(sharded) == expected
 

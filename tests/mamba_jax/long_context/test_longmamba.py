@@ -63,10 +63,10 @@ def frozen_share_by_layer(model, sequence) -> np.ndarray:
     ("config", "cuts"),
     [
         (STREAMING, (1,)),
-        (STREAMING, (TRAINING_LENGTH, 50)),
+        (STREAMING, (30, 50)),
         (STREAMING, tuple(range(8, LENGTH, 8))),
-        (WHOLE, (TRAINING_LENGTH, 50)),
-        (RESCALED, (TRAINING_LENGTH, 50)),
+        (WHOLE, (30, 50)),
+        (RESCALED, (30, 50)),
     ],
     ids=["streaming 1", "streaming 3", "streaming 12", "whole 3", "rescaled 3"],
 )

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from mamba_jax import sharding
 from mamba_jax.mixers import Mixer, MixerConfig
+from tests.mamba_jax.meshes import mesh, on_current_mesh
 
 
 def relative_error(actual, expected) -> float:
@@ -39,6 +39,18 @@ def apply_by_step(mixer: Mixer, x, state):
 
     state, y = jax.lax.scan(step, state, jnp.swapaxes(x, 0, 1))
     return jnp.swapaxes(y, 0, 1), state
+
+
+def value_and_gradients(mixer: Mixer, x, segment_ids):
+    def loss(mixer, x):
+        y, state = mixer(x, segment_ids=segment_ids)
+        return jnp.sum(jnp.sin(y)) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state))
+
+    return jax.value_and_grad(loss, argnums=(0, 1))(mixer, x)
+
+
+def mesh_name(sizes: dict[str, int]) -> str:
+    return "-".join(f"{axis}{size}" for axis, size in sizes.items())
 
 
 class MixerContract:
@@ -128,33 +140,47 @@ class MixerContract:
         assert mixer.flops(1) > weights
         assert mixer.flops(2000) > 1999 * mixer.flops(1) * 0.9
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def unsharded(cls):
+        """A loss and its gradients by mixer and input."""
+        return jax.jit(value_and_gradients)(cls().build(), *cls().documents())
+
+    def documents(self):
+        """An input and the documents that its tokens are of."""
+        x = jax.random.normal(jax.random.key(0), (4, 12, self.width))
+        return x, jnp.cumsum(jax.random.bernoulli(jax.random.key(1), 0.15, (4, 12)), axis=1)
+
     @pytest.mark.parametrize(
         "sizes",
         [{"data": 2}, {"fsdp": 2}, {"tensor": 4}, {"sequence": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
-        ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
+        ids=mesh_name,
     )
-    def test_sharded_equals_unsharded(self, sizes):
-        x = jax.random.normal(jax.random.key(0), (4, 12, self.width))
-        segment_ids = jnp.cumsum(jax.random.bernoulli(jax.random.key(1), 0.15, (4, 12)), axis=1)
-
-        def value_and_gradients(mixer, x, segment_ids):
-            def loss(mixer, x):
-                y, state = mixer(x, segment_ids=segment_ids)
-                return jnp.sum(jnp.sin(y)) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state))
-
-            return jax.value_and_grad(loss, argnums=(0, 1))(mixer, x)
-
-        expected = jax.jit(value_and_gradients)(self.build(), x, segment_ids)
-        shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
-        mesh = jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Explicit,) * len(shape))
-        with jax.set_mesh(mesh):
-            mixer = jax.jit(self.build)()
+    def test_sharded_equals_unsharded(self, sizes, unsharded):
+        unplaced, (x, segment_ids) = self.build(), self.documents()
+        with jax.set_mesh(mesh(**sizes)):
+            mixer = on_current_mesh(unplaced, self.build)
             placed = jax.device_put(x, P(sharding.BATCH, sharding.SEQUENCE, None))
             ids = jax.device_put(segment_ids, P(sharding.BATCH, sharding.SEQUENCE))
             actual = jax.jit(value_and_gradients)(mixer, placed, ids)
         if "fsdp" in sizes or "tensor" in sizes:
             assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(mixer))
-        assert_trees_close(actual, expected, 1e-4)
+        assert_trees_close(actual, unsharded, 1e-4)
+
+    def test_it_starts_with_the_same_numbers_on_a_mesh(self):
+        with jax.set_mesh(mesh(data=2, fsdp=2, tensor=2)):
+            built, expected = jax.jit(self.build)(), on_current_mesh(self.build(), self.build)
+        assert jax.tree.structure(built) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(built), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+class VariantContract(MixerContract):
+    """The same for other options of a mixer; more meshes add nothing that the mixer's own tests do not see."""
+
+    @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"sequence": 2}], ids=mesh_name)
+    def test_sharded_equals_unsharded(self, sizes, unsharded):
+        super().test_sharded_equals_unsharded(sizes, unsharded)
 
 
 class MixerWithHeadsContract(MixerContract):

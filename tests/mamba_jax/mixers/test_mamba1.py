@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from mamba_jax.mixers.mamba1 import Mamba1, Mamba1Config
-from tests.mamba_jax.mixers.contract import MixerContract
+from tests.mamba_jax.mixers.contract import MixerContract, VariantContract
 from tests.mamba_jax.mixers.distributions import assert_log_uniform, assert_uniform
 
 
@@ -13,15 +13,10 @@ class TestMamba1(MixerContract):
     config = Mamba1Config(state_size=4)
 
 
-class TestMamba1WithEveryOption(MixerContract):
+class TestMamba1WithEveryOption(VariantContract):
     config = Mamba1Config(
         expand=3, state_size=3, conv_width=2, delta_rank=5, conv_bias=False, projection_bias=True, implementation="xla"
     )
-
-    @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"sequence": 2}], ids=str)
-    def test_sharded_equals_unsharded(self, sizes):
-        # The other meshes add nothing that TestMamba1 does not see.
-        super().test_sharded_equals_unsharded(sizes)
 
 
 @pytest.fixture(scope="module")

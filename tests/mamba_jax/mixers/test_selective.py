@@ -10,10 +10,10 @@ from mamba_jax.mixers.mamba3 import Mamba3Config
 from mamba_jax.mixers.selective import FROZEN, SelectiveMixer, document_positions, extend
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.ssd import ssd
-from tests.mamba_jax.mixers.contract import MixerContract
+from tests.mamba_jax.mixers.contract import VariantContract
 
 
-class LeavesOutTokens(MixerContract):
+class LeavesOutTokens(VariantContract):
     """From the fourth token on, more and more of those whose step is below a bound of the channel's own."""
 
     channels: int
@@ -28,11 +28,6 @@ class LeavesOutTokens(MixerContract):
     def test_flops_grow_with_the_length_from_at_least_two_a_weight(self):
         # An extender costs a comparison a channel and token: not counted.
         assert self.build().flops(100) == super().build().flops(100)
-
-    @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"sequence": 2}], ids=str)
-    def test_sharded_equals_unsharded(self, sizes):
-        # The other meshes add nothing that the mixer's own tests do not see.
-        super().test_sharded_equals_unsharded(sizes)
 
     def test_tokens_are_left_out_and_kept(self):
         share = np.mean(self.build().selection(self.input()).delta == 0)

@@ -33,20 +33,17 @@ def test_it_computes_what_the_model_s_steps_do(pattern, compute_dtype, tie_embed
     tokens = jax.random.randint(jax.random.key(0), (4, BATCH), 0, 40)
 
     @jax.jit
-    def decoded(model, state):
-        decoder = Decoder(model)
-        states, logits = decoder.split(state), []
-        for token in tokens:
-            one, states = decoder.step(token, states)
-            logits.append(one)
-        return jnp.stack(logits), decoder.join(states)
+    def decode(model, token, states):
+        return Decoder(model).step(token, states)
 
-    state = model.init_state(BATCH)
-    logits, final = decoded(model, state)
+    decoder, state = Decoder(model), model.init_state(BATCH)
+    states = decoder.split(state)
     step = jax.jit(lambda model, token, state: model.step(token, state))
-    for token, got in zip(tokens, logits, strict=True):
+    for token in tokens:
+        got, states = decode(model, token, states)
         want, state = step(model, token, state)
         np.testing.assert_allclose(got, want, rtol=1e-5 if compute_dtype == "float32" else 2e-2, atol=1e-5)
+    final = decoder.join(states)
     assert jax.tree.structure(final) == jax.tree.structure(state)
     for got, want in zip(jax.tree.leaves(final), jax.tree.leaves(state), strict=True):
         assert got.dtype == want.dtype

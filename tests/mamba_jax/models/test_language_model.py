@@ -31,6 +31,11 @@ def tokens(batch_size: int = 2, length: int = 11, seed: int = 0):
     return jax.random.randint(jax.random.key(seed), (batch_size, length), 0, CONFIG.vocab_size)
 
 
+@jax.jit
+def read(model, tokens, state=None, segment_ids=None):
+    return model(tokens, state=state, segment_ids=segment_ids)
+
+
 @pytest.fixture(scope="module", params=["mamba1_tiny", "mamba1_options", "mamba2_tiny", "mamba2_options"])
 def published(request) -> tuple[golden.Golden, LanguageModel]:
     return golden.load_model(request.param)
@@ -38,7 +43,7 @@ def published(request) -> tuple[golden.Golden, LanguageModel]:
 
 def test_logits_equal_those_of_transformers(published):
     expected, model = published
-    logits, _ = jax.jit(model.__call__)(expected.input_ids)
+    logits, _ = read(model, expected.input_ids)
     np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
 
 
@@ -120,12 +125,12 @@ def test_layers_follow_the_pattern():
 
 def test_steps_and_chunks_equal_the_whole_sequence():
     model, sequence = build(), tokens()
-    whole, final = model(sequence)
-    first, state = model(sequence[:, :4])
-    second, state = model(sequence[:, 4:8], state=state)
-    rest = []
+    whole, final = read(model, sequence)
+    first, state = read(model, sequence[:, :4])
+    second, state = read(model, sequence[:, 4:8], state)
+    step, rest = jax.jit(model.step), []
     for t in range(8, sequence.shape[1]):
-        logits, state = model.step(sequence[:, t], state)
+        logits, state = step(sequence[:, t], state)
         rest.append(logits)
     np.testing.assert_allclose(
         jnp.concatenate([first, second, jnp.stack(rest, axis=1)], axis=1), whole, atol=1e-5, rtol=1e-4
@@ -136,20 +141,20 @@ def test_steps_and_chunks_equal_the_whole_sequence():
 def test_two_documents_packed_equal_each_alone():
     model, sequence = build(), tokens()
     segment_ids = jnp.where(jnp.arange(sequence.shape[1]) < 4, 0, 1)[None].repeat(2, axis=0)
-    packed, _ = model(sequence, segment_ids=segment_ids)
-    alone = [model(sequence[:, :4])[0], model(sequence[:, 4:])[0]]
+    packed, _ = read(model, sequence, segment_ids=segment_ids)
+    alone = [read(model, part)[0] for part in (sequence[:, :4], sequence[:, 4:])]
     np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_recomputing_changes_no_gradient(remat):
-    sequence = tokens()
+    sequence, kind = tokens(), dataclasses.replace(CONFIG, pattern="M")
 
     def gradients(config):
         model = build(config)
         return jax.jit(jax.grad(lambda model: jnp.sum(model(sequence)[0] ** 2)))(model)
 
-    kept, recomputed = gradients(CONFIG), gradients(dataclasses.replace(CONFIG, remat=remat))
+    kept, recomputed = gradients(kind), gradients(dataclasses.replace(kind, remat=remat))
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -158,7 +163,7 @@ def test_recomputing_changes_no_gradient(remat):
 def test_unrolling_changes_neither_loss_nor_gradient_and_leaves_no_loop_over_repeats(remat):
     sequence = tokens()
     segment_ids = (jnp.arange(sequence.shape[1]) > 4).astype(jnp.int32)[None].repeat(2, axis=0)
-    model = build(dataclasses.replace(CONFIG, repeats=3, remat=remat))
+    model = build(dataclasses.replace(CONFIG, pattern="M", repeats=3, remat=remat))
 
     def loss(model, unroll):
         hidden, state = model.hidden(sequence, segment_ids=segment_ids, unroll=unroll)
@@ -180,7 +185,7 @@ def test_unrolling_changes_neither_loss_nor_gradient_and_leaves_no_loop_over_rep
 @pytest.mark.parametrize(("unroll", "share"), [(False, 0.5), (True, 0.6)])
 def test_recomputing_everything_saves_memory(unroll, share):
     def temporary_bytes(remat):
-        config = dataclasses.replace(CONFIG, repeats=8, remat=remat)
+        config = dataclasses.replace(CONFIG, pattern="M", repeats=8, remat=remat)
         model = jax.eval_shape(lambda: config.build(nnx.Rngs(0)))
         step = jax.jit(jax.grad(lambda model, x: jnp.sum(model.hidden(x, unroll=unroll)[0])))
         return step.lower(model, tokens(8, 256)).compile().memory_analysis().temp_size_in_bytes
@@ -191,14 +196,15 @@ def test_recomputing_everything_saves_memory(unroll, share):
 def test_the_residual_stream_may_stay_in_float32():
     sequence = tokens()
 
+    def logits(**changes):
+        return read(build(dataclasses.replace(CONFIG, repeats=12, **changes)), sequence)[0]
+
+    exact = logits()
+
     def error(residual_in_float32):
-        config = dataclasses.replace(
-            CONFIG, repeats=12, compute_dtype="bfloat16", residual_in_float32=residual_in_float32
-        )
-        exact, _ = build(dataclasses.replace(config, compute_dtype="float32"))(sequence)
-        logits, _ = build(config)(sequence)
-        assert logits.dtype == jnp.float32
-        return float(jnp.linalg.norm(logits - exact) / jnp.linalg.norm(exact))
+        rounded = logits(compute_dtype="bfloat16", residual_in_float32=residual_in_float32)
+        assert rounded.dtype == jnp.float32
+        return float(jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact))
 
     assert error(True) < error(False) < 0.1
 
