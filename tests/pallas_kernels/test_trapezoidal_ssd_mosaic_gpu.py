@@ -115,8 +115,8 @@ def assert_right(inputs, *, interpret=True, **options):
         ((1, 40, 2, 16, 9), {"rank": 3, "pairs": 4, "groups": 2, "optional": ALL}),
         ((2, 1, 3, 80, 16), {"optional": ("initial_state",), "pairs": 8}),
         ((1, 2, 1, 16, 8), {"optional": ()}),
-        ((1, 70, 2, 16, 200), {"pairs": 100}),
-        ((1, 20, 2, 16, 250), {"pairs": 40, "rank": 3}),
+        ((1, 70, 1, 16, 200), {"pairs": 100}),
+        ((1, 20, 1, 16, 250), {"pairs": 40, "rank": 3}),
     ],
     ids=["all but a norm", "three ranks, two groups, a norm", "one token", "bare", "in parts", "a part that stands"],
 )

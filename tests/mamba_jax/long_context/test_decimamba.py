@@ -147,7 +147,7 @@ def test_decoding_goes_on_from_the_prefill_and_leaves_out_nothing(model, decimat
 
 def test_prompts_of_different_lengths_are_continued_as_if_alone():
     decimated = apply_decimamba(language_model(pattern="M2", repeats=2), CONFIG)
-    prompts = [np.asarray(tokens(4, 1, length)[0]).tolist() for length in (5, 70, 23)]
+    prompts = [np.asarray(tokens(4, 1, length)[0]).tolist() for length in (5, 70)]
     sampling = Sampling(temperature=0.0)
     together = generate(decimated, prompts, max_new_tokens=5, sampling=sampling)
     for prompt, continuation in zip(prompts, together, strict=True):

@@ -17,6 +17,11 @@ from tests.mamba_jax.mixers.contract import apply, apply_by_step
 WIDTH = 12
 
 
+@jax.jit
+def read(model, tokens):
+    return model(tokens)
+
+
 @pytest.fixture(scope="module", params=["M", "2", "3", "M23"])
 def model(request):
     return language_model(pattern=request.param, repeats=1)
@@ -37,15 +42,15 @@ def test_every_step_of_the_first_layer_is_scaled(model):
 
 def test_scales_of_one_change_nothing(model):
     sequence = tokens(1, 2, 30)
-    np.testing.assert_array_equal(apply_scaling(model, ScalingConfig())(sequence)[0], model(sequence)[0])
+    np.testing.assert_array_equal(read(apply_scaling(model, ScalingConfig()), sequence)[0], read(model, sequence)[0])
 
 
 def test_tokens_one_by_one_are_scaled_as_a_whole_sequence(model):
     scaled, sequence = apply_scaling(model, ScalingConfig(delta=0.25, A=0.5)), tokens(2, 2, 9)
-    expected, _ = scaled(sequence)
-    state, logits = scaled.init_state(2), []
+    expected, _ = read(scaled, sequence)
+    step, state, logits = jax.jit(scaled.step), scaled.init_state(2), []
     for t in range(sequence.shape[1]):
-        of_token, state = scaled.step(sequence[:, t], state)
+        of_token, state = step(sequence[:, t], state)
         logits.append(of_token)
     np.testing.assert_allclose(np.stack(logits, axis=1), expected, atol=2e-5)
 
