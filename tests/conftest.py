@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import time
@@ -35,11 +34,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # every run, as all random numbers of the tests are: what fails once fails again.
     hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
     hypothesis.settings.load_profile("reproducible")
-
-
-def pytest_collection_finish() -> None:
-    # What is there by now stays. To look through it again and again for garbage takes a fortieth of the time.
-    gc.freeze()
 
 
 def keep_programs() -> None:
