@@ -18,7 +18,7 @@ import jaxtyping
 import pytest
 
 PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
-"""What was compiled on a CPU, by this run or another: with all of it there the tests take six tenths of the time."""
+"""What was compiled on a CPU, by this run or another: with all of it there the tests take four tenths of the time."""
 _SECONDS_KEPT = 7 * 24 * 3600
 
 
