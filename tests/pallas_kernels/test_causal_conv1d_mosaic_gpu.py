@@ -137,7 +137,7 @@ class TestInterpreted:
 
     @pytest.mark.usefixtures("interpreted", "small_blocks")
     def test_everything_at_once_over_many_blocks(self):
-        assert_right(make((2, 53, 72), segments=True, state=True))
+        assert_right(make((2, 93, 72), segments=True, state=True))
 
     @pytest.mark.usefixtures("interpreted")
     @pytest.mark.parametrize("length", [1, 2, 33])

@@ -54,7 +54,7 @@ def use_plan(monkeypatch):
         ((1, 70, 2, 64, 64), {}),
         ((1, 20, 4, 32, 16), {"groups": 2, "optional": ("D", "initial_state")}),
         ((1, 20, 1, 16, 16), {"optional": ()}),
-        ((2, 1, 3, 16, 16), {"optional": ("initial_state", "delta_bias")}),
+        ((2, 1, 8, 16, 16), {"optional": ("initial_state", "delta_bias")}),
         ((1, 64, 1, 80, 130), {"optional": ("initial_state",), "rates": (-6, -4)}),
     ],
     ids=["all features", "two groups", "bare", "one token", "wide"],

@@ -119,12 +119,12 @@ def test_a_run_learns_and_leaves_its_metrics_config_and_plot(uninterrupted):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kills", [(1, 6), (3, 4, 9)])
 def test_a_run_killed_again_and_again_computes_bit_for_bit_what_an_uninterrupted_one_does(
-    config, uninterrupted, tmp_path
+    config, uninterrupted, tmp_path, kills
 ):
     workdir = tmp_path / "run"
-    # Before the first checkpoint, after one, right after going on from one, and while evaluating.
-    for step in (1, 3, 4, 6):
+    for step in kills:
         process = start(config, workdir)
         wait_for_step(process, workdir, step)
         process.send_signal(signal.SIGKILL)

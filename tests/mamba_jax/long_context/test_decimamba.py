@@ -147,7 +147,7 @@ def test_decoding_goes_on_from_the_prefill_and_leaves_out_nothing(model, decimat
 
 def test_prompts_of_different_lengths_are_continued_as_if_alone():
     decimated = apply_decimamba(language_model(pattern="M2", repeats=2), CONFIG)
-    prompts = [np.asarray(tokens(4, 1, length)[0]).tolist() for length in (5, 70)]
+    prompts = [np.asarray(tokens(4, 1, length)[0]).tolist() for length in (5, 70, 23)]
     sampling = Sampling(temperature=0.0)
     together = generate(decimated, prompts, max_new_tokens=5, sampling=sampling)
     for prompt, continuation in zip(prompts, together, strict=True):
@@ -177,12 +177,12 @@ def test_the_last_tokens_always_stay(model):
 
 
 def test_a_sharded_batch_is_decimated_like_a_whole_one():
-    model, sequence = language_model(pattern="M2", repeats=2), tokens(7, 4, LENGTH)
+    model, sequence = of_four_layers("M2").config.build(nnx.Rngs(0)), tokens(7, 4, LENGTH)
     expected, _ = read(apply_decimamba(model, CONFIG), sequence)
     with jax.set_mesh(mesh(data=2, tensor=2)):
         placed = jax.device_put(sequence, P(sharding.BATCH, None))
         actual, _ = read(apply_decimamba(on_mesh(model), CONFIG), placed)
-    np.testing.assert_allclose(actual, expected, atol=2e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_every_chunking_gives_the_same_logits(model, calibration, config, cuts):
 
 
 def test_layers_of_several_kinds_are_extended_together():
-    model, sequence = language_model(pattern="M3", repeats=1), tokens(1, 1, LENGTH)
+    model, sequence = language_model(pattern="M23", repeats=1), tokens(1, 1, LENGTH)
     extended = apply_longmamba(model, calibrate(model, tokens(0, 4, TRAINING_LENGTH)), LongMambaConfig(THRESHOLD))
     assert frozen_share_by_layer(extended, sequence).min() > 0
     whole, _ = read(extended, sequence)

@@ -151,20 +151,20 @@ def test_state_norms_are_those_of_the_recurrence(model, calibration, sequence):
 
 
 def test_layers_whose_decay_rates_are_each_token_s_own_are_measured_like_others(sequence):
-    model = language_model(pattern="M3", repeats=1)
+    model = language_model(pattern="M3", repeats=2)
     calibration = calibrate(model, tokens(0, 2, TRAINING_LENGTH))
     layers = measurements.layers_of(model, calibration, CONFIG)
     channels = np.array([0, 5])
-    curves = measurements.decay_curves(model, calibration, CONFIG, sequence, layers, 1, channels)
-    selection = diagnostics.collect(model, sequence)[1]
+    curves = measurements.decay_curves(model, calibration, CONFIG, sequence, layers, 3, channels)
+    selection = diagnostics.collect(model, sequence)[3]
     delta, A = np.asarray(selection.delta[0], np.float64), np.asarray(selection.A[0, :, :, 0], np.float64)
     assert np.std(A, axis=0).min() > 1e-2  # each token has its own
     expected = np.log10(np.cumprod(np.exp(delta * A), axis=0))[:, channels]
     np.testing.assert_allclose(curves.log10_original, expected.T, rtol=1e-4, atol=1e-5)
     norms = measurements.state_norms(model, calibration, CONFIG, sequence, layers)
-    assert norms.layer.tolist() == [0, 1]
+    assert norms.layer.tolist() == [0, 1, 2, 3]
     assert np.all(norms.original > 0)
-    maps = measurements.attention_maps(model, sequence, layers, {1: channels}, pixels=LENGTH)
+    maps = measurements.attention_maps(model, sequence, layers, {3: channels}, pixels=LENGTH)
     weights = np.abs(diagnostics.hidden_attention(selection, jnp.asarray(channels))[0])
     largest = weights.max(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(10**maps.log10_attention, weights / largest, atol=1e-5)

@@ -6,7 +6,7 @@ from flax import nnx
 
 from mamba_jax.mixers.mamba2 import Mamba2, Mamba2Config
 from pallas_kernels.ssd import ssd
-from tests.mamba_jax.mixers.contract import MixerWithHeadsContract, VariantContract
+from tests.mamba_jax.mixers.contract import MixerContract, MixerWithHeadsContract
 from tests.mamba_jax.mixers.distributions import assert_log_uniform, assert_uniform
 
 
@@ -14,7 +14,7 @@ class TestMamba2(MixerWithHeadsContract):
     config = Mamba2Config(state_size=6, head_dim=4)
 
 
-class TestMamba2WithEveryOption(VariantContract):
+class TestMamba2WithEveryOption(MixerContract):
     config = Mamba2Config(
         expand=3,
         state_size=3,

@@ -6,7 +6,7 @@ from flax import nnx
 
 from mamba_jax.mixers.mamba3 import Mamba3, Mamba3Config, heavy_tail
 from mamba_jax.mixers.selective import FROZEN
-from tests.mamba_jax.mixers.contract import MixerWithHeadsContract, VariantContract, apply, relative_error
+from tests.mamba_jax.mixers.contract import MixerContract, MixerWithHeadsContract, apply, relative_error
 from tests.mamba_jax.mixers.distributions import assert_log_uniform, assert_uniform
 
 
@@ -14,7 +14,7 @@ class TestMamba3(MixerWithHeadsContract):
     config = Mamba3Config(state_size=8, head_dim=4)
 
 
-class TestMamba3WithEveryOption(VariantContract):
+class TestMamba3WithEveryOption(MixerContract):
     config = Mamba3Config(
         expand=3,
         state_size=6,

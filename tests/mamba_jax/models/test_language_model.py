@@ -148,13 +148,13 @@ def test_two_documents_packed_equal_each_alone():
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_recomputing_changes_no_gradient(remat):
-    sequence, kind = tokens(), dataclasses.replace(CONFIG, pattern="M")
+    sequence = tokens()
 
     def gradients(config):
         model = build(config)
         return jax.jit(jax.grad(lambda model: jnp.sum(model(sequence)[0] ** 2)))(model)
 
-    kept, recomputed = gradients(kind), gradients(dataclasses.replace(kind, remat=remat))
+    kept, recomputed = gradients(CONFIG), gradients(dataclasses.replace(CONFIG, remat=remat))
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -163,7 +163,7 @@ def test_recomputing_changes_no_gradient(remat):
 def test_unrolling_changes_neither_loss_nor_gradient_and_leaves_no_loop_over_repeats(remat):
     sequence = tokens()
     segment_ids = (jnp.arange(sequence.shape[1]) > 4).astype(jnp.int32)[None].repeat(2, axis=0)
-    model = build(dataclasses.replace(CONFIG, pattern="M", repeats=3, remat=remat))
+    model = build(dataclasses.replace(CONFIG, repeats=3, remat=remat))
 
     def loss(model, unroll):
         hidden, state = model.hidden(sequence, segment_ids=segment_ids, unroll=unroll)
@@ -185,7 +185,7 @@ def test_unrolling_changes_neither_loss_nor_gradient_and_leaves_no_loop_over_rep
 @pytest.mark.parametrize(("unroll", "share"), [(False, 0.5), (True, 0.6)])
 def test_recomputing_everything_saves_memory(unroll, share):
     def temporary_bytes(remat):
-        config = dataclasses.replace(CONFIG, pattern="M", repeats=8, remat=remat)
+        config = dataclasses.replace(CONFIG, repeats=8, remat=remat)
         model = jax.eval_shape(lambda: config.build(nnx.Rngs(0)))
         step = jax.jit(jax.grad(lambda model, x: jnp.sum(model.hidden(x, unroll=unroll)[0])))
         return step.lower(model, tokens(8, 256)).compile().memory_analysis().temp_size_in_bytes
