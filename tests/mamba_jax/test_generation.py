@@ -7,7 +7,7 @@ import pytest
 
 from mamba_jax.generation import Sampling, generate, prefill, prefill_prompts, sample, stream
 from tests.mamba_jax import golden
-from tests.mamba_jax.continuation import likeliest_next
+from tests.mamba_jax.reading import likeliest_next, read
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -30,7 +30,7 @@ def test_greedy_tokens_equal_those_of_transformers(name):
 
 def test_decoded_logits_equal_those_of_the_whole_sequence(model):
     sequence = jax.random.randint(jax.random.key(0), (2, 40), 0, 40)
-    whole, _ = jax.jit(model.__call__)(sequence)
+    whole, _ = read(model, sequence)
     logits, state = prefill(model, sequence[:, :9], jnp.ones((2, 9), jnp.int32))
     step = jax.jit(model.step)
     for t in range(9, 40):

@@ -16,6 +16,7 @@ from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.ssd import ssd
 from tests.mamba_jax.long_context.models import language_model, on_mesh, tokens
 from tests.mamba_jax.meshes import mesh
+from tests.mamba_jax.reading import read
 
 LENGTH = 40
 CONFIG = DeciMambaConfig(layers=(1, 2), base_length=20, beta=0.5, min_length=4)
@@ -37,11 +38,6 @@ def decimated(model):
 
 # The steps of Mamba-3 begin at the token before, kept or not: reading the kept ones alone would be another thing.
 SEES_ITS_OWN_TOKEN = pytest.mark.parametrize("pattern", ["M", "2", "M2"])
-
-
-@jax.jit
-def read(model, tokens, state=None, segment_ids=None):
-    return model(tokens, state=state, segment_ids=segment_ids)
 
 
 @jax.jit

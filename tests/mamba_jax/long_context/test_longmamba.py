@@ -15,6 +15,7 @@ from mamba_jax.long_context.scaling import ScalingConfig, apply_scaling
 from mamba_jax.long_context.token_filter import TokenFilter
 from mamba_jax.mixers.mamba2 import Mamba2Config
 from tests.mamba_jax.long_context.models import TRAINING_LENGTH, language_model, tokens
+from tests.mamba_jax.reading import read
 
 # Small models do not decay to 1e-30 in two dozen tokens; this splits their channels in two.
 THRESHOLD = 1e-2
@@ -23,11 +24,6 @@ STREAMING = LongMambaConfig(THRESHOLD)
 WHOLE = LongMambaConfig(THRESHOLD, length=LENGTH)
 RESCALED = LongMambaConfig(THRESHOLD, rescale=True)
 CONFIGS = pytest.mark.parametrize("config", [STREAMING, WHOLE, RESCALED], ids=["streaming", "whole", "rescaled"])
-
-
-@jax.jit
-def read(model, tokens, state=None, segment_ids=None):
-    return model(tokens, state=state, segment_ids=segment_ids)
 
 
 @pytest.fixture(scope="module", params=["M", "2", "3"], ids=["mamba1", "mamba2", "mamba3"])

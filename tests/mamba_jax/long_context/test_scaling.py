@@ -13,13 +13,9 @@ from pallas_kernels.ssd import ssd
 from pallas_kernels.trapezoidal_ssd import trapezoidal_ssd
 from tests.mamba_jax.long_context.models import LAYERS, language_model, tokens
 from tests.mamba_jax.mixers.contract import apply, apply_by_step
+from tests.mamba_jax.reading import read
 
 WIDTH = 12
-
-
-@jax.jit
-def read(model, tokens):
-    return model(tokens)
 
 
 @pytest.fixture(scope="module", params=["M", "2", "3", "M23"])

@@ -12,6 +12,7 @@ from mamba_jax.mixers import Mamba1Config
 from mamba_jax.models.language_model import LanguageModel, LanguageModelConfig, count_parameters
 from mamba_jax.models.presets import PRESETS, preset
 from tests.mamba_jax import golden
+from tests.mamba_jax.reading import read
 
 CONFIG = LanguageModelConfig(
     vocab_size=40,
@@ -29,11 +30,6 @@ def build(config: LanguageModelConfig = CONFIG) -> LanguageModel:
 
 def tokens(batch_size: int = 2, length: int = 11, seed: int = 0):
     return jax.random.randint(jax.random.key(seed), (batch_size, length), 0, CONFIG.vocab_size)
-
-
-@jax.jit
-def read(model, tokens, state=None, segment_ids=None):
-    return model(tokens, state=state, segment_ids=segment_ids)
 
 
 @pytest.fixture(scope="module", params=["mamba1_tiny", "mamba1_options", "mamba2_tiny", "mamba2_options"])

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.mamba_jax.continuation import likeliest_next
 from tests.mamba_jax.long_context.models import language_model
+from tests.mamba_jax.reading import likeliest_next, read
 from train.data.tokenizer import ByteTokenizer
 from train.errors import UserError
 from train.tasks.cell import count_right
@@ -64,7 +64,7 @@ def test_answers_are_the_model_s_likeliest_tokens_however_prompts_are_read(model
 def test_losses_are_those_of_the_whole_sequence(model):
     random = np.random.default_rng(0)
     windows = [random.integers(0, 40, size=70).astype(np.int32) for _ in range(3)]
-    logits, _ = jax.jit(model.__call__)(jnp.asarray(np.stack(windows)))
+    logits, _ = read(model, jnp.asarray(np.stack(windows)))
     log_probabilities = np.asarray(jax.nn.log_softmax(logits), np.float64)
     expected = [
         -np.mean([log_probabilities[row, t - 1, window[t]] for t in range(60, 70)])

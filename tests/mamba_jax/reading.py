@@ -1,4 +1,4 @@
-"""What follows a prompt, by reading all of it anew for each token."""
+"""A model that reads tokens, compiled once for each length, and what it takes to be likeliest next."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from mamba_jax.models.language_model import LanguageModel
 
 
 @jax.jit
-def _logits(model: LanguageModel, tokens: jax.Array, last: jax.Array) -> jax.Array:
-    return model(tokens)[0][0, last]
+def read(model: LanguageModel, tokens: jax.Array, state=None, segment_ids: jax.Array | None = None):
+    """Logits and final state."""
+    return model(tokens, state=state, segment_ids=segment_ids)
 
 
 def likeliest_next(model: LanguageModel, ids: Sequence[int], room: int) -> int:
@@ -24,4 +25,4 @@ def likeliest_next(model: LanguageModel, ids: Sequence[int], room: int) -> int:
     """
     tokens = np.zeros((1, room), np.int32)
     tokens[0, : len(ids)] = ids
-    return int(jnp.argmax(_logits(model, jnp.asarray(tokens), jnp.asarray(len(ids) - 1))))
+    return int(np.argmax(read(model, jnp.asarray(tokens))[0][0, len(ids) - 1]))
