@@ -162,8 +162,11 @@ def test_a_seed_decides_the_initial_model_on_any_mesh():
     single = init_state(EXPERIMENT)
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=4))):
         sharded = jax.jit(lambda: init_state(EXPERIMENT))()
+        placed = on_current_mesh(single, lambda: init_state(EXPERIMENT))
     for a, b in zip(jax.tree.leaves(single.model), jax.tree.leaves(sharded.model), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(placed), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
 def test_the_loss_goes_down():

@@ -13,6 +13,7 @@ from mamba_jax.long_context.diagnostics import collect
 from mamba_jax.long_context.longmamba import LongMambaConfig, apply_longmamba
 from mamba_jax.mixers import Mamba1Config, Mamba2Config, Mamba3Config
 from mamba_jax.models.language_model import LanguageModelConfig
+from tests.mamba_jax.reading import read
 
 TRAINING_LENGTH = 128
 KINDS = {"M": Mamba1Config(), "2": Mamba2Config(state_size=64), "3": Mamba3Config(state_size=64)}
@@ -25,11 +26,6 @@ def build(pattern: str, implementation: str | None, compute_dtype: str):
         vocab_size=256, width=128, pattern=pattern, repeats=2, layers=layers, compute_dtype=compute_dtype
     )
     return jax.jit(lambda: config.build(nnx.Rngs(0)))()
-
-
-@jax.jit
-def read(model, tokens, state=None):
-    return model(tokens, state=state)
 
 
 def extended(model, tokens):

@@ -173,6 +173,7 @@ class MixerContract:
         assert jax.tree.structure(built) == jax.tree.structure(expected)
         for a, b in zip(jax.tree.leaves(built), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
 class VariantContract(MixerContract):
